@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 FLAGS = ('cuda', 'online', 'slow')
 # Stored outputs are read on the site: no progress bars in them, nothing fetched unless asked for.
 QUIET = {'TQDM_DISABLE': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'TOKENIZERS_PARALLELISM': 'false',
-         'PYTHONWARNINGS': 'ignore:IProgress not found'}
+         'PYTHONWARNINGS': 'ignore:IProgress not found,ignore:`is_gradient_checkpointing` is deprecated'}
 
 
 def leading_flags(source: str) -> set[str]:
@@ -30,7 +30,9 @@ def skipped(cell, flags) -> bool:
 
 def environment(flags) -> dict[str, str]:
     "Environment of the kernel: quiet, and offline unless online cells were asked for"
-    return {**os.environ, **QUIET} | ({} if 'online' in flags else {'HF_HUB_OFFLINE': '1'})
+    asked = {} if 'online' in flags else {'HF_HUB_OFFLINE': '1'}
+    if 'cuda' not in flags: asked['DS_ACCELERATOR'] = 'cpu'  # or DeepSpeed prints that it found no GPU
+    return {**os.environ, **QUIET, **asked}
 
 
 def run(path: Path, flags=(), timeout=1800):

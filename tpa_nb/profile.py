@@ -23,13 +23,11 @@ import pandas as pd
 import peft
 import torch
 import transformers
-from fastcore.basics import patch
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-# %% ../nbs/07_profile.ipynb #d503b5d5
 import tpa_nb
 from .arch import Arch
 from .tasks import Task
@@ -122,7 +120,7 @@ def _module_flops(module: nn.Module, rows: int) -> int:
                          "lambda module, rows: ...)")
     return sum(_module_flops(part, rows) for part in _parts(module))
 
-# %% ../nbs/07_profile.ipynb #bee3438a
+
 for _kind, _formula in ((nn.Linear, _matrix), (Conv1D, _matrix), (nn.Embedding, _lookup)):
     register_flops(_kind, _formula, replace=True)
 
@@ -189,7 +187,7 @@ def _max_tokens(arch: Arch) -> int | None:
     offsets = [m.padding_idx + 1 for m in tables if m.padding_idx is not None and limit != config.vocab_size]
     return limit - max(offsets, default=0)  # positions that count from the padding index lose those below it
 
-# %% ../nbs/07_profile.ipynb #ac7bb1f2
+
 def _random_batch(arch: Arch, batch_size: int, seq_len: int, seed: int = 0) -> dict[str, torch.Tensor]:
     "Random ids with a full mask on the device of `arch`, the same for the same `seed`"
     _check_arch(arch)
@@ -309,6 +307,11 @@ def measure_latency(
     return latency_together({'arch': arch}, batch_size, seq_len, repeats, warmup)['arch']
 
 # %% ../nbs/07_profile.ipynb #5e7d8463
+def _counted(n: int, noun: str) -> str:
+    "'1 core', '2 cores'"
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
 def _cpu_name() -> str:
     "Model of the CPU and the number of cores that this process may use"
     info = Path('/proc/cpuinfo')
@@ -316,13 +319,14 @@ def _cpu_name() -> str:
     names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
     name = next(iter(names), platform.processor() or platform.machine())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return f"{name}, {cores} core{'s' * (cores != 1)}"
+    return f"{name}, {_counted(cores, 'core')}"
 
 
 def _git(*args: str) -> str | None:
     "Output of a git command in the folder of this package, None if it fails"
     try:
-        done = subprocess.run(['git', *args], cwd=Path(tpa_nb.__file__).parent, capture_output=True, text=True, timeout=10)
+        folder = Path(tpa_nb.__file__).parent
+        done = subprocess.run(['git', *args], cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -340,7 +344,8 @@ class _Provenance(dict):
     "A dict that prints as one line"
     def __str__(self) -> str:
         named = ('python', 'torch', 'transformers', 'peft', 'tpa_nb', 'commit')
-        shown = [self['gpu'] or self['cpu'], f"{self['threads']} threads", self['os']]
+        shown = [self[name] for name in ('gpu', 'cpu') if self[name]]
+        shown += [_counted(self['threads'], 'thread'), self['os']]
         shown += [f'{name} {self[name]}' for name in named if self[name]]
         return ' · '.join([*shown, self['date']])
 
@@ -374,12 +379,9 @@ class Profile:
     score: float | None = None         # Quality, if it was measured
     score_name: str | None = None      # Name of the metric
     file_mb: float | None = None       # Size of the saved model
-
-# %% ../nbs/07_profile.ipynb #e979c4c2
-@patch
-def as_dict(self: Profile) -> dict[str, int | float | str | None]:
-    "A plain dict that JSON can hold; `Profile(**d)` brings it back"
-    return asdict(self)
+    def as_dict(self) -> dict[str, int | float | str | None]:
+        "A plain dict that JSON can hold; `Profile(**d)` brings it back"
+        return asdict(self)
 
 # %% ../nbs/07_profile.ipynb #ca56b1ff
 def _peak_bytes(arch: Arch, weight_bytes: int, batch_size: int, seq_len: int) -> int | None:
@@ -527,7 +529,7 @@ def compare(
     same_dtype = len({prof.dtype for prof in profiles.values()}) == 1
     table = _Table(rows, index=list(profiles)).dropna(axis=1, how='all')
     table = _Table(table.drop(columns=['dtype'] * same_dtype))
-    shown = [ref.machine, ref.device, *[ref.dtype] * same_dtype, f'{ref.threads} threads']
+    shown = [ref.machine, ref.device, *[ref.dtype] * same_dtype, _counted(ref.threads, 'thread')]
     table.attrs['measured'] = (f"batch {ref.batch_size} x {ref.seq_len} tokens; {', '.join(shown)}; "
                                'spread: interquartile range; x: ratio to the first row')
     return table

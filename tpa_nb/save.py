@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import peft
@@ -29,7 +27,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-# %% ../nbs/08_save.ipynb #81223377
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -78,13 +75,13 @@ def _rebuild_heads(arch, description):
         if len(kept) < total:
             attn.keep_heads(kept)
 
+_HEADS = register_step(StructureStep('heads', _describe_heads, _rebuild_heads))
+
 def _same_names(description, names, what):
     "Raise unless `description` has exactly the keys `names`"
     if not isinstance(description, dict) or set(description) != set(names):
-        raise ValueError(f"the {what} in tpa.json are not those of the model, which has {', '.join(names)}")
-
-# %% ../nbs/08_save.ipynb #c41cfb50
-_HEADS = register_step(StructureStep('heads', _describe_heads, _rebuild_heads))
+        wrong = sorted(set(description) ^ set(names))[0] if isinstance(description, dict) else description
+        raise ValueError(f"the {what} in tpa.json are not those of the model; the first that differs is {wrong!r}")
 
 # %% ../nbs/08_save.ipynb #b8236b98
 def _describe_neurons(arch):
@@ -104,7 +101,6 @@ def _rebuild_neurons(arch, description):
                 proj.keep_out(index)
             ffn.down.keep_in(index)
 
-# %% ../nbs/08_save.ipynb #26103c7f
 _NEURONS = register_step(StructureStep('neurons', _describe_neurons, _rebuild_neurons))
 
 # %% ../nbs/08_save.ipynb #205a414c
@@ -174,13 +170,11 @@ def _model_class(name, model_type):
         raise ValueError(f"`model_class` {name!r} does not belong to the family {model_type!r}")
     return found
 
-# %% ../nbs/08_save.ipynb #ce385fdf
 def _step(name):
-    "The structure step `name`; later notebooks are imported if it is not known yet"
-    if name not in structure_steps and find_spec('tpa_nb.all') is not None:
-        import_module('tpa_nb.all')
+    "The structure step `name`"
     if name not in structure_steps:
-        raise ValueError(f"structure step {name!r} is not known; known: {', '.join(structure_steps)}")
+        raise ValueError(f"structure step {name!r} is not known; known: {', '.join(structure_steps)}. "
+                         "`import tpa_nb.all` makes the steps of every module known")
     return structure_steps[name]
 
 def _skeleton(config, model_class, structure, ties):
@@ -298,7 +292,6 @@ def _tidy(folder):
     for path in stale + (_siblings(folder, 'old') if folder.exists() else []):
         shutil.rmtree(path, ignore_errors=True)
 
-# %% ../nbs/08_save.ipynb #b3fb2ea8
 def _sync(path):
     "Flush what was written to `path` to the disk"
     if path.is_dir() and not hasattr(os, 'O_DIRECTORY'):
@@ -309,6 +302,11 @@ def _sync(path):
     finally:
         os.close(fd)
 
+def _inode(path):
+    "What tells one folder from another of the same name; None if there is none"
+    return path.stat().st_ino if path.exists() else None
+
+# %% ../nbs/08_save.ipynb #b3fb2ea8
 def _swap(new, folder):
     "Put `new` in the place of `folder`; on any error both are where they were"
     aside = folder.with_name(f'{folder.name}.old-{secrets.token_hex(4)}') if folder.exists() else None
@@ -326,11 +324,11 @@ def _swap(new, folder):
     if aside:
         shutil.rmtree(aside, ignore_errors=True)
 
-# %% ../nbs/08_save.ipynb #ebab0edf
 @contextmanager
 def _new_folder(folder, name):
     "Yield an empty folder that takes the place of `folder` at the end; on an error nothing has happened"
     temp = folder.with_name(f'{folder.name}.tmp-{secrets.token_hex(4)}')
+    before = _inode(_standing(folder))
     try:
         _tidy(folder)
         temp.mkdir(parents=True)
@@ -339,8 +337,9 @@ def _new_folder(folder, name):
             _sync(path)
         _swap(temp, folder)
     except Exception as e:
-        text = f"`folder` {name!r} could not be written, it is as it was: {type(e).__name__}: {e}"
-        raise OSError(getattr(e, 'errno', None) or 0, text) from e
+        state = 'it is as it was' if _inode(folder) == before else 'nor put back; `load_model` finds what stands'
+        text = f"`folder` {name!r} could not be written, {state} ({type(e).__name__}: {e})"
+        raise (OSError(e.errno, text) if getattr(e, 'errno', None) else OSError(text)) from e
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 
@@ -363,7 +362,6 @@ def _write_base(arch, folder, recipe, max_shard_size):
     if arch.tokenizer is not None:
         arch.tokenizer.save_pretrained(folder)
 
-# %% ../nbs/08_save.ipynb #191485b4
 def _write_adapter(model, folder):
     "The adapters of `model`, in PEFT's format"
     configs = model.peft_config
@@ -377,17 +375,7 @@ def _write_adapter(model, folder):
         configs.update(kept)
     (folder / 'README.md').unlink()
 
-def _digests(folder):
-    "SHA-256 of every file in `folder`, by relative name"
-    files = sorted(p for p in folder.rglob('*') if p.is_file() and p.relative_to(folder) != Path('tpa.json'))
-    return {p.relative_to(folder).as_posix(): _digest(p) for p in files}
-
-def _digest(path):
-    "SHA-256 of a file"
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
-
-# %% ../nbs/08_save.ipynb #939565cb
+# %% ../nbs/08_save.ipynb #191485b4
 def _check_target(path, name, overwrite):
     "Raise unless `path` may be replaced by a new save"
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -406,6 +394,16 @@ def _check_target(path, name, overwrite):
         raise ValueError(f"`folder` {name!r} holds files that `save_model` did not write, such as {extra[0]!r}; "
                          "move them away, or pass `overwrite=True` to lose them")
 
+def _digests(folder):
+    "SHA-256 of every file in `folder`, by relative name"
+    files = sorted(p for p in folder.rglob('*') if p.is_file() and p.relative_to(folder) != Path('tpa.json'))
+    return {p.relative_to(folder).as_posix(): _digest(p) for p in files}
+
+def _digest(path):
+    "SHA-256 of a file"
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
 # %% ../nbs/08_save.ipynb #1aa9f58c
 def save_model(
     arch: Arch,                        # The model; it is not changed
@@ -415,7 +413,7 @@ def save_model(
 ) -> Path:                             # The folder
     "Write `arch` to `folder` so that `load_model` gives it back: all of it, or nothing is changed"
     if not isinstance(arch, Arch):
-        raise TypeError(f"`arch` must be an Arch, got {type(arch).__name__}; wrap a model with `Arch(model, tokenizer)`")
+        raise TypeError(f"`arch` must be an Arch, got {type(arch).__name__}: wrap it, `Arch(model, tokenizer)`")
     if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
         raise TypeError(f"`folder` must be a path, got {folder!r}")
     path, name = Path(os.path.realpath(folder)), str(folder)
@@ -443,16 +441,14 @@ def _read_recipe(path):
     except ValueError as e:
         raise ValueError(f"its tpa.json is not valid JSON ({e})") from e
     if not isinstance(recipe, dict) or recipe.get('format') != _FORMAT:
-        raise ValueError(f"its tpa.json was not written by this package: it lacks \"format\": \"{_FORMAT}\"")
-    version = recipe.get('format_version')
-    if version != _VERSION:
-        made = f"tpa_nb {recipe.get('package_version')}"
-        raise ValueError(f"its tpa.json has format version {version!r}, written by {made}; "
-                         f"this is tpa_nb {__version__}, which reads version {_VERSION}: upgrade tpa_nb")
-    _compare_fields(recipe)
+        raise ValueError(f'its tpa.json was not written by this package: it lacks "format": "{_FORMAT}"')
+    if recipe.get('format_version') != _VERSION:
+        raise ValueError(f"its tpa.json has format version {recipe.get('format_version')!r}, written by tpa_nb "
+                         f"{recipe.get('package_version')}; tpa_nb {__version__} reads version {_VERSION}: upgrade it")
+    _check_fields(recipe)
     return recipe
 
-def _compare_fields(recipe):
+def _check_fields(recipe):
     "Raise unless `recipe` has the fields of version 1, with the right types"
     missing, unknown = sorted(set(_FIELDS) - set(recipe)), sorted(set(recipe) - set(_FIELDS))
     if missing or unknown:
@@ -461,6 +457,8 @@ def _compare_fields(recipe):
     for field, kind in _FIELDS.items():
         if not isinstance(recipe[field], kind):
             raise ValueError(f"its tpa.json has {field} = {recipe[field]!r}, which has the wrong type")
+    if recipe['attention'] not in (*_BACKENDS, None):
+        raise ValueError(f"its tpa.json has attention = {recipe['attention']!r}; known: {', '.join(_BACKENDS)}")
 
 # %% ../nbs/08_save.ipynb #6b91c850
 def _read_weights(path, recipe):
@@ -470,45 +468,73 @@ def _read_weights(path, recipe):
         if name not in present:
             raise ValueError(f"its file {name!r} is missing")
         if _digest(path / name) != digest:
-            raise ValueError(f"its file {name!r} is truncated or was changed after saving: the SHA-256 is not the "
+            raise ValueError(f"its file {name!r} is truncated or was changed after saving: its SHA-256 is not the "
                              "one in tpa.json")
     try:
         return {n: load_file(path / n) for n in recipe['files'] if n.endswith('.safetensors')}
     except SafetensorError as e:
         raise ValueError(f"its weights are not valid safetensors ({e})") from e
 
-# %% ../nbs/08_save.ipynb #cbd2734e
-def _load_base(path, recipe, weights):
+def _set_trainable(model, names):
+    "Make exactly the parameters `names` trainable, or 'all'"
+    parameters = dict(model.named_parameters())
+    unknown = [n for n in names if n not in parameters] if names != 'all' else []
+    if unknown:
+        raise ValueError(f"its tpa.json lists a trainable parameter {unknown[0]!r} that the model lacks")
+    chosen = set(parameters if names == 'all' else names)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
+
+# %% ../nbs/08_save.ipynb #16cd2238
+def _load_base(path, recipe, weights, attention):
     "The plain model in its recorded structure, with its weights"
     family = find_family(recipe['family'])
     model_class = _model_class(recipe['model_class'], family.model_type)
-    config = model_class.config_class.from_pretrained(path)
+    config = model_class.config_class.from_pretrained(path, attn_implementation=attention)
     arch = _skeleton(config, model_class, recipe['structure'], recipe['ties'])
     live = _plain_state(arch.base)
     for group in recipe['ties']:
         for name in group[1:]:
             live.pop(name)
     _fill(live, {k: t for name, tensors in weights.items() if '/' not in name for k, t in tensors.items()})
-    for name, dtype in recipe['buffers'].items():
-        buffer = arch.base.get_buffer(name)
-        buffer.data = buffer.data.to(getattr(torch, dtype))
+    _set_buffers(arch.base, recipe['buffers'])
     if arch.base.can_generate():
         arch.base.generation_config = GenerationConfig.from_pretrained(path)
     if recipe['tokenizer']:
         arch.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return arch
 
+def _set_buffers(base, precisions):
+    "Give the buffers that no file holds their recorded precision"
+    if precisions.keys() != _buffers(base).keys():
+        raise ValueError(f"the buffers in tpa.json are not those of the model: {sorted(_buffers(base))}")
+    for name, precision in precisions.items():
+        if not re.fullmatch(r'float\d+|bfloat16', str(precision)):
+            raise ValueError(f"buffer {name!r} cannot have the precision {precision!r}")
+        buffer = base.get_buffer(name)
+        buffer.data = buffer.data.to(getattr(torch, precision))
+
 # %% ../nbs/08_save.ipynb #0df33bc5
+def _lora_config(path, name, weights):
+    "The adapter's folder, relative to `path`, and its config"
+    sub = 'adapter' if name == 'default' else f'adapter/{name}'
+    if f'{sub}/adapter_model.safetensors' not in weights or not (path / sub / 'adapter_config.json').is_file():
+        raise ValueError(f"its adapter {name!r} lacks {sub}/adapter_model.safetensors or {sub}/adapter_config.json")
+    config = LoraConfig.from_pretrained(str(path / sub))
+    if not isinstance(config, LoraConfig) or config.megatron_config:
+        raise ValueError(f"its adapter {name!r} is not a plain LoRA adapter")
+    config.inference_mode, config.init_lora_weights = False, True
+    return sub, config
+
 def _load_adapter(arch, path, info, weights):
     "Put the adapters `info` around the model of `arch`"
-    if info.get('state') != 'unmerged':
+    if info == {'state': 'none'}:
         return
+    good = info['state'] == 'unmerged' and info['names'] and set(info['active']) <= set(info['names'])
+    if not good or type(info['enabled']) is not bool:
+        raise ValueError(f"its tpa.json has adapter = {info!r}, which is neither 'none' nor a set of adapters")
     for name in info['names']:
-        sub = 'adapter' if name == 'default' else f'adapter/{name}'
-        if f'{sub}/adapter_model.safetensors' not in weights:
-            raise ValueError(f"its adapter {name!r} has no file '{sub}/adapter_model.safetensors'")
-        config = LoraConfig.from_pretrained(str(path / sub))
-        config.inference_mode, config.init_lora_weights, config.megatron_config = False, True, None
+        sub, config = _lora_config(path, name, weights)
         origin, config.base_model_name_or_path = config.base_model_name_or_path, None
         if arch.is_adapted:
             arch.model.add_adapter(name, config)
@@ -522,22 +548,12 @@ def _load_adapter(arch, path, info, weights):
     if not info['enabled']:
         arch.model.base_model.disable_adapter_layers()
 
-# %% ../nbs/08_save.ipynb #0a94aaba
-def _set_trainable(model, names):
-    "Make exactly the parameters `names` trainable, or 'all'"
-    parameters = dict(model.named_parameters())
-    unknown = sorted(set(names) - set(parameters)) if names != 'all' else []
-    if unknown:
-        raise ValueError(f"its tpa.json lists a trainable parameter {unknown[0]!r} that the model lacks")
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(names == 'all' or name in set(names))
-
-# %% ../nbs/08_save.ipynb #95483ed6
+# %% ../nbs/08_save.ipynb #381c6e03
 def load_model(
-    folder: str | Path,                       # A folder that `save_model` wrote
-    device: str | torch.device | None = None, # Where to put the model; the CPU if not given
-    attn_implementation: str | None = None,   # Attention backend; the one it was saved with if not given
-) -> Arch:                                    # In evaluation mode, with tokenizer, adapter and history
+    folder: str | Path,                        # A folder that `save_model` wrote
+    device: str | torch.device | None = None,  # Where to put the model; the CPU if not given
+    attn_implementation: str | None = None,    # Attention backend; the one it was saved with if not given
+) -> Arch:                                     # In evaluation mode, with tokenizer, adapter and history
     "Rebuild the model in `folder`: first its structure, then its weights, strictly"
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(f"`folder` must be a path, got {folder!r}")
@@ -546,14 +562,13 @@ def load_model(
         recipe = _read_recipe(path)
         weights = _read_weights(path, recipe)
         with torch.random.fork_rng(devices=[]):
-            arch = _load_base(path, recipe, weights)
+            arch = _load_base(path, recipe, weights, attn_implementation or recipe['attention'])
             _load_adapter(arch, path, recipe['adapter'], weights)
         _set_trainable(arch.model, recipe['trainable'])
+    except (AttributeError, KeyError, TypeError) as e:
+        raise ValueError(f"`folder` {str(folder)!r} cannot be loaded: its tpa.json is malformed ({e!r})") from e
     except (OSError, ValueError) as e:
         raise ValueError(f"`folder` {str(folder)!r} cannot be loaded: {e}") from e
-    backend = attn_implementation or recipe['attention']
-    if backend is not None:
-        arch.base.set_attn_implementation(backend)
     arch.history = recipe['history']
     arch.model.to(device or 'cpu').eval()
     return arch

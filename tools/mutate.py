@@ -1,0 +1,132 @@
+"""Break the library on purpose, one mistake at a time, and expect a notebook to turn red for each.
+
+Works on a copy: the repository is only read. Exit code 1 if a mistake survives.
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from check_nbs import Cell, read_notebook
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    "A mistake: in the exported code of `notebook`, `new` stands where `old` stood"
+    mistake: str
+    notebook: str
+    old: str
+    new: str
+
+    @property
+    def module(self) -> str: return f"tpa_nb/{self.notebook.partition('_')[2]}.py"
+
+
+MUTANTS = (
+    Mutant('two heads swapped in the output projection', '00_arch',
+           'self.o.keep_in(rows)', 'self.o.keep_in(rows.flip(0))'),
+    Mutant('heads shifted by one', '00_arch',
+           'head_rows([self.heads.index(h) for h in kept]',
+           'head_rows([(self.heads.index(h) + 1) % self.n_heads for h in kept]'),
+    Mutant('original ids taken for positions', '00_arch',
+           'head_rows([self.heads.index(h) for h in kept]', 'head_rows([h for h in kept]'),
+    Mutant('bias dropped', '00_arch',
+           'layer.bias = _smaller(layer.bias, index, 0)', 'layer.bias = nn.Parameter(torch.zeros(len(index)))'),
+    Mutant('old width remembered', '00_arch',
+           "'width': len(kept) * head_dim", "'width': n_orig * head_dim"),
+    Mutant('scores of two heads swapped', '03_importance',
+           'out[:, a.row, list(a.heads)] =', 'out[:, a.row, list(a.heads)[::-1]] ='),
+    Mutant('absolute value of the sum, not sum of absolute values', '03_importance',
+           'd.values.abs().sum(0)', 'd.values.sum(0).abs()'),
+    Mutant('division by the number of tokens forgotten', '03_importance',
+           '_absolute(derivatives, per) / derivatives.tokens.sum()', '_absolute(derivatives, per)'),
+    Mutant('gates of another layer', '03_importance',
+           'gates[..., attn.row, list(attn.heads)]', 'gates[..., attn.row - 1, list(attn.heads)]'),
+    Mutant('best heads removed', '04_prune', 'key=lambda h: -scores[h]', 'key=lambda h: scores[h]'),
+    Mutant('removed and kept heads confused', '04_prune', 'if h not in set(heads)]', 'if h in set(heads)]'),
+    Mutant('scale forgotten where the rank differs', '05_lora',
+           'lora_alpha * v / top for k, v', 'lora_alpha for k, v'),
+    Mutant('block 1 taken for block 10', '05_lora', "f'^{re.escape(getattr(a, t).name)}'",
+           "'.*' + re.escape(getattr(a, t).name.split('.attention')[0]) + '.*'"),
+    Mutant('adapter thrown away instead of merged', '05_lora', 'merge_and_unload(', 'unload('),
+    Mutant('second product of the attention scores not counted', '07_profile',
+           '2 * 2 * batch_size * seq_len ** 2', '2 * batch_size * seq_len ** 2'),
+    Mutant('other heads cut when a checkpoint is rebuilt', '08_save',
+           'attn.keep_heads(kept)', 'attn.keep_heads(list(range(len(kept))))'),
+)
+
+
+def exported(root: Path, name: str) -> list[Cell]:
+    "Exported cells of the notebook `name`"
+    return read_notebook(root/'nbs'/f'{name}.ipynb', root).exported
+
+
+def places(mutant: Mutant, root: Path) -> int:
+    "How often the text that `mutant` changes stands in exported cells"
+    return sum(c.source.count(mutant.old) for c in exported(root, mutant.notebook))
+
+
+def json_text(text: str) -> str:
+    "`text` as it stands inside a notebook file"
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def apply(mutant: Mutant, root: Path) -> None:
+    "Make the mistake in the notebook and in its module"
+    for path, write in ((root/'nbs'/f'{mutant.notebook}.ipynb', json_text), (root/mutant.module, str)):
+        text = path.read_text(encoding='utf-8')
+        path.write_text(text.replace(write(mutant.old), write(mutant.new)), encoding='utf-8')
+
+
+def survives(mutant: Mutant, root: Path) -> tuple[bool, str]:
+    "Run the notebook with the mistake in it; is it still green, and what was the first complaint?"
+    env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false'}
+    path = root/'nbs'/f'{mutant.notebook}.ipynb'
+    done = subprocess.run([sys.executable, root/'tests'/'run_notebook.py', path, root/'report.json'], cwd=root, env=env,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return done.returncode == 0, complaint(done.stderr)
+
+
+def complaint(traceback: str) -> str:
+    "The message at the end of a traceback, on one line"
+    found = re.findall(r'^[\w.]*(?:Error|Exception)\b.*', traceback, re.M)
+    return ' '.join(traceback[traceback.rindex(found[-1]):].split()) if found else ''
+
+
+def trial(mutant: Mutant, root: Path) -> tuple[bool, str]:
+    "`survives` on a fresh copy of what the notebooks need"
+    with tempfile.TemporaryDirectory() as tmp:
+        copy = Path(tmp)
+        shutil.copy(root/'settings.ini', copy)
+        for name in ('nbs', 'tpa_nb', 'tests'):
+            shutil.copytree(root/name, copy/name, ignore=shutil.ignore_patterns('__pycache__'))
+        apply(mutant, copy)
+        return survives(mutant, copy)
+
+
+def main(argv: list[str] | None = None) -> int:
+    "Try every mistake; 1 if one survives"
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--only', default='', help='try the mistakes of this notebook, e.g. 04_prune')
+    args = p.parse_args(argv)
+    chosen = [m for m in MUTANTS if args.only in m.notebook]
+    alive = 0
+    for m in chosen:
+        green, why = trial(m, ROOT)
+        alive += green
+        print(f"{'SURVIVED' if green else 'caught  '}  {m.notebook}: {m.mistake}{'' if green else f' ({why[:90]})'}",
+              flush=True)
+    print(f'{len(chosen) - alive} of {len(chosen)} mistakes caught')
+    return 1 if alive else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
