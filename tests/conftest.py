@@ -2,7 +2,7 @@
 
 
 def pytest_addoption(parser):
-    parser.addoption('--nb_flags', default='', help="flagged cells of the notebooks to run too, e.g. 'cuda slow online'")
+    parser.addoption('--nb_flags', default='', help="flagged cells to run too, e.g. 'cuda slow online'")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -18,7 +18,8 @@ from nbdev.config import get_config
 EXPORT = {'export', 'exports', 'exporti'}
 TALLY = '__tally__'
 CHECKS = {'test_eq', 'test_ne', 'test_close', 'test_is', 'test_fail', 'test_eq_type', 'test_shuffled', 'test_stdout',
-          'test_warns', 'expect_fail', 'assert_close', 'assert_equal', 'assert_allclose', 'assert_array_equal', 'raises'}
+          'test_warns', 'expect_fail', 'raises', 'assert_close', 'assert_equal', 'assert_allclose',
+          'assert_array_equal'}
 
 
 class CountAssertions(ast.NodeTransformer):

@@ -27,17 +27,20 @@ def test_good_links(link, tmp_path): assert broken(f'See [it]({link}).', tmp_pat
 
 
 @pytest.mark.parametrize('link, what', [
-    ('02_gone.ipynb', 'page or file'), ('01_there.ipynb#gone', 'anchor'), ('#nowhere', 'anchor'), ('x.png', 'page or file'),
+    ('02_gone.ipynb', 'page or file'), ('x.png', 'page or file'), ('01_there.ipynb#gone', 'anchor'),
+    ('#nowhere', 'anchor'),
     ('https://someone.github.io/tpa_nb/there.html#gone', 'anchor'),
     ('https://github.com/someone/tpa_nb/blob/main/gone.py', 'file')])
 def test_broken_links(link, what, tmp_path): assert broken(f'See [it]({link}).', tmp_path) == [f'no {what} {link}']
 
 
-def test_links_inside_code_are_left_alone(tmp_path): assert broken('`[x](gone.html)`\n\n```\n[x](gone.html)\n```', tmp_path) == []
+def test_links_inside_code_are_left_alone(tmp_path):
+    assert broken('`[x](gone.html)`\n\n```\n[x](gone.html)\n```', tmp_path) == []
 
 
 @pytest.mark.parametrize('heading, expected', [
-    ('What goes in', 'what-goes-in'), ('`head_gates`', 'head_gates'), ('Arch.clone', 'arch.clone'), ('1. First!', 'first'),
+    ('What goes in', 'what-goes-in'), ('`head_gates`', 'head_gates'), ('Arch.clone', 'arch.clone'),
+    ('1. First!', 'first'),
     ('On a GPU, *later*', 'on-a-gpu-later'), ('See [x](y)', 'see-x'), ('A {#own}', 'own')])
 def test_slug(heading, expected): assert slug(heading) == expected
 

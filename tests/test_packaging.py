@@ -154,7 +154,8 @@ def test_readme_rendering(tmp_path):
 
 def test_a_new_address_is_written_everywhere(tmp_path):
     house = House(tmp_path)
-    house['intro']['source'] += ' [![](x)](https://colab.research.google.com/github/old/old/blob/main/nbs/00_thing.ipynb)'
+    old = 'https://colab.research.google.com/github/old/old/blob/main/nbs/00_thing.ipynb'
+    house['intro']['source'] += f' [![](x)]({old})'
     house.insert('tail', code('pip', '#| eval: false\n%pip install -q "git+https://github.com/old/old"\n'))
     index = dict(house.nb, cells=[md('t', '# tpa_nb\n\n> Blurb')])
     house.extra['index.ipynb'] = index

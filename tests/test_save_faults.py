@@ -19,7 +19,7 @@ import peft.peft_model
 import pytest
 import safetensors.torch
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import BertForMaskedLM, BertLMHeadModel
 
@@ -474,7 +474,27 @@ def test_kinds_of_lora(tmp_path, kwargs):
         if p.requires_grad:
             p.data += 0.1 * torch.randn_like(p)
     arch.model.eval()
-    same(arch, load_model(save_model(arch, tmp_path / 'model')))
+    folder = save_model(arch, tmp_path / 'model')
+    same(arch, load_model(folder))
+    elsewhere = PeftModel.from_pretrained(load_model(folder).model.unload(), folder / 'adapter').eval()
+    with torch.no_grad():
+        assert torch.equal(elsewhere(IDS).logits, logits(arch))
+
+
+def test_base_file_is_clean(tmp_path):
+    "The base file has the weights before training, under their plain names; the adapter has the trained ones"
+    clean, arch = make_arch(adapter=False), make_arch()
+    for p in arch.model.parameters():
+        if p.requires_grad:
+            p.data += 1
+    folder = save_model(arch, tmp_path / 'model')
+    base = safetensors.torch.load_file(folder / 'model.safetensors')
+    want = clean.model.state_dict()
+    assert base.keys() == want.keys() and all(torch.equal(base[n], want[n]) for n in want)
+    adapter = safetensors.torch.load_file(folder / 'adapter' / 'adapter_model.safetensors')
+    for name in ('classifier.weight', 'bert.embeddings.LayerNorm.bias'):
+        assert torch.equal(adapter[f'base_model.model.{name}'], want[name] + 1)
+    same(arch, load_model(folder))
 
 
 @pytest.mark.parametrize('autocast', [False, True])

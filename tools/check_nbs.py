@@ -172,7 +172,7 @@ def cell_ids(nb: Notebook) -> Hits:
 
 @notebook_rule
 def title(nb: Notebook) -> Hits:
-    "The first cell is an H1 and a one-line `>` blurb, nothing else: nbdev makes a page's title of it and drops the rest"
+    "The first cell is an H1 and a one-line `>` blurb, nothing else: nbdev drops the rest from the page"
     first = nb.cells[0] if nb.cells else Cell('', 'none', '')
     lines = [o for o in first.source.splitlines() if o.strip()]
     if first.kind != 'markdown' or not lines or not lines[0].startswith('# '):
@@ -194,7 +194,7 @@ def head(nb: Notebook) -> Hits:
     if not nb.exported: return
     start = nb.cells.index(nb.exported[0])
     if sum(c.kind == 'markdown' for c in nb.cells[:start]) < 2:
-        yield nb.exported[0].id, 'before the first export, a markdown cell says what goes in, what comes out, who uses it'
+        yield nb.exported[0].id, 'before it, a markdown cell says what goes in, what comes out and who uses it'
     if not all(isinstance(s, ast.Import | ast.ImportFrom) for s in nb.exported[0].tree):
         yield nb.exported[0].id, 'the first export cell must hold imports only'
 
@@ -336,7 +336,8 @@ def mutable_defaults(nb: Notebook) -> Hits:
     for c in nb.exported:
         for f in (n for s in c.tree for n in ast.walk(s) if isinstance(n, ast.FunctionDef)):
             for d in [*f.args.defaults, *filter(None, f.args.kw_defaults)]:
-                if isinstance(d, ast.List | ast.Dict | ast.Set | ast.Call):
+                frozen = isinstance(d, ast.Call) and getattr(d.func, 'id', '') in ('tuple', 'frozenset')
+                if isinstance(d, ast.List | ast.Dict | ast.Set | ast.Call) and not frozen:
                     yield c.id, f'`{f.name}`: mutable or computed default `{ast.unparse(d)}`'
 
 
@@ -555,7 +556,8 @@ def main(argv: list[str] | None = None) -> int:
     root = args.root.resolve()
     found = check(root)
     for f in found: print(f)
-    print(f"{len(find_notebooks(root))} notebooks, {len(NOTEBOOK_RULES) + len(REPO_RULES)} rules, {len(found)} findings")
+    rules = len(NOTEBOOK_RULES) + len(REPO_RULES)
+    print(f'{len(find_notebooks(root))} notebooks, {rules} rules, {len(found)} findings')
     return 1 if found else 0
 
 

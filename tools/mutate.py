@@ -20,11 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Mutant:
-    "A mistake: in the exported code of `notebook`, `new` stands where `old` stood"
+    "A mistake: in the exported code of `notebook`, `new` stands where `old` stood; it or `also` must turn red"
     mistake: str
     notebook: str
     old: str
     new: str
+    also: tuple[str, ...] = ()
 
     @property
     def module(self) -> str: return f"tpa_nb/{self.notebook.partition('_')[2]}.py"
@@ -32,10 +33,10 @@ class Mutant:
 
 MUTANTS = (
     Mutant('two heads swapped in the output projection', '00_arch',
-           'self.o.keep_in(rows)', 'self.o.keep_in(rows.flip(0))'),
+           'self.o.keep_in(rows)', 'self.o.keep_in(rows.flip(0))', also=('04_prune',)),
     Mutant('heads shifted by one', '00_arch',
            'head_rows([self.heads.index(h) for h in kept]',
-           'head_rows([(self.heads.index(h) + 1) % self.n_heads for h in kept]'),
+           'head_rows([(self.heads.index(h) + 1) % self.n_heads for h in kept]', also=('04_prune',)),
     Mutant('original ids taken for positions', '00_arch',
            'head_rows([self.heads.index(h) for h in kept]', 'head_rows([h for h in kept]'),
     Mutant('bias dropped', '00_arch',
@@ -86,10 +87,10 @@ def apply(mutant: Mutant, root: Path) -> None:
         path.write_text(text.replace(write(mutant.old), write(mutant.new)), encoding='utf-8')
 
 
-def survives(mutant: Mutant, root: Path) -> tuple[bool, str]:
-    "Run the notebook with the mistake in it; is it still green, and what was the first complaint?"
+def green(notebook: str, root: Path) -> tuple[bool, str]:
+    "Run a notebook: is it green, and what does it complain of?"
     env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false'}
-    path = root/'nbs'/f'{mutant.notebook}.ipynb'
+    path = root/'nbs'/f'{notebook}.ipynb'
     done = subprocess.run([sys.executable, root/'tests'/'run_notebook.py', path, root/'report.json'], cwd=root, env=env,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True)
     return done.returncode == 0, complaint(done.stderr)
@@ -102,14 +103,17 @@ def complaint(traceback: str) -> str:
 
 
 def trial(mutant: Mutant, root: Path) -> tuple[bool, str]:
-    "`survives` on a fresh copy of what the notebooks need"
+    "Make the mistake in a fresh copy of what the notebooks need: does it survive, and if not, who complains of what?"
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp)
         shutil.copy(root/'settings.ini', copy)
         for name in ('nbs', 'tpa_nb', 'tests'):
             shutil.copytree(root/name, copy/name, ignore=shutil.ignore_patterns('__pycache__'))
         apply(mutant, copy)
-        return survives(mutant, copy)
+        for notebook in (mutant.notebook, *mutant.also):
+            passed, why = green(notebook, copy)
+            if not passed: return False, f'{notebook}: {why}'
+        return True, ''
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,10 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [m for m in MUTANTS if args.only in m.notebook]
     alive = 0
     for m in chosen:
-        green, why = trial(m, ROOT)
-        alive += green
-        print(f"{'SURVIVED' if green else 'caught  '}  {m.notebook}: {m.mistake}{'' if green else f' ({why[:90]})'}",
-              flush=True)
+        survived, why = trial(m, ROOT)
+        alive += survived
+        print(f"{'SURVIVED' if survived else 'caught'}: {m.mistake} in {m.notebook}  {why[:100]}", flush=True)
     print(f'{len(chosen) - alive} of {len(chosen)} mistakes caught')
     return 1 if alive else 0
 

@@ -8,3 +8,5 @@ from .lora import *
 from .train import *
 from .profile import *
 from .save import *
+from .report import *
+from .compress import *

@@ -402,7 +402,7 @@ def _task_length(arch: Arch, task: Task) -> int:
         raise TypeError(f"`task` must be a Task, got {type(task).__name__}; `load_task` makes one")
     if arch.tokenizer is None:
         raise ValueError("`arch` has no tokenizer, so the length of the texts of `task` is unknown; give `seq_len`")
-    encoded = task.calibration(512).encode(arch.tokenizer)
+    encoded = task.calibration(min(512, len(task.train))).encode(arch.tokenizer)
     return math.ceil(statistics.fmean(len(ids) for ids in encoded['input_ids']))
 
 

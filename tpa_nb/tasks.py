@@ -433,57 +433,168 @@ def _holdout(labels, holdout, seed, stratified):
     return kept, held
 
 # %% ../nbs/02_tasks.ipynb #9e83ac53
-_nouns = {
-    'food': ('bread cheese soup rice cake apple', 'butter salad pasta chicken pie banana'),
-    'drink': ('milk coffee juice', 'water tea beer'),
-    'wear': ('shirt hat jacket', 'dress coat scarf'),
+_words = {
+    'name': (
+        'Anna Tom Lucy Peter Emma Jack Sarah David Julia Mark Helen Paul Laura Simon Alice Henry',
+        'Mary John Kate Robert Ruth George Nina Frank Clara Victor Susan Oscar Diana Martin Rosa Felix'),
+    'kind': (
+        'animal: dog horse lion rabbit tiger; tool: hammer saw drill shovel; fruit: banana lemon peach cherry mango; '
+        'vehicle: truck taxi bus van tractor; instrument: guitar piano violin flute; furniture: sofa desk bed bench',
+        'bird: crow parrot hawk duck pigeon; drink: coffee beer juice wine whisky; weapon: gun sword knife rifle; '
+        'flower: rose lily daisy violet; insect: bee wasp moth beetle mosquito; garment: coat skirt jacket blouse'),
+    'city': (
+        'Paris: France; Rome: Italy; London: England; Madrid: Spain; Moscow: Russia; Athens: Greece',
+        'Berlin: Germany; Tokyo: Japan; Cairo: Egypt; Beijing: China; Dublin: Ireland; Toronto: Canada; Delhi: India'),
+    'opposite': (
+        'glad happy: sad unhappy; big large: small tiny; clever smart: stupid dumb; ill sick: healthy well; '
+        'wealthy rich: poor broke; calm quiet: loud noisy; old ancient: new modern; wet damp: dry arid',
+        'angry mad: friendly nice; tired sleepy: awake alert; thin slim: fat heavy; pretty beautiful: ugly hideous; '
+        'powerful strong: weak frail; fast quick: slow gradual; brave bold: afraid scared; filthy dirty: clean spotless'),
+    'use': (
+        'ate cooked: bread rice cake pasta salad; wore: hat suit uniform helmet; read wrote: book letter poem novel; '
+        'drove parked: car truck taxi van bus; fed trained: dog horse lion tiger puppy; played: guitar piano violin',
+        'chewed baked: pie pizza apple potato; drank sipped: coffee beer juice wine; hired married: nurse lawyer actor; '
+        'explored crossed: mountain valley desert island; sang hummed: song tune melody; folded: coat skirt jacket'),
+    'act': (
+        'barked: dog wolf puppy; melted: snow ice butter; laughed smiled: girl boy queen woman; ticked: clock watch; '
+        'shone: sun moon star',
+        'cried prayed: teacher doctor king widow; exploded: bomb rocket grenade; flowed: river stream creek; '
+        'buzzed: bee wasp mosquito'),
+    'thing': ('key ball letter bike ladder camera', 'coin toy suitcase stone phone basket'),
+    'place': ('kitchen garden school church station', 'bedroom office park hospital museum library'),
+    'topic': ('milk bread music fish summer rice', 'tea cheese dancing meat winter soup'),
+    'moves': ('carried moved took', 'brought dragged pushed'),
+    'likes': ('likes wants', 'loves needs'),
+    'owns': ('has bought', 'found sold'),
+    'lives': ('lives stays', 'works studies'),
 }
 
 # %% ../nbs/02_tasks.ipynb #92021afc
-def toy_sentences(
-    n_train: int = 1200,       # Training rows
-    n_validation: int = 500,   # Validation rows
-    seed: int = 0,             # Seed of the generator
-) -> Task:                     # A task with labels 'odd' and 'sensible'
-    "A one-sentence task: does the sentence make sense?"
-    return _toy_task('toy_sentences', _sentence_rows, ('sentence',), ('odd', 'sensible'), n_train, n_validation, seed)
+class _Draw:
+    "Seeded draws from one half of the word table"
+    def __init__(self, half, seed):
+        self.half, self.rng = half, random.Random(f'{seed} {half}')
+
+    def words(self, key, n):
+        "`n` different words of list `key`"
+        return self.rng.sample(_words[key][self.half].split(), n)
+
+    def couples(self, key, n=2):
+        "Both sides of `n` different entries of table `key`, each side shuffled"
+        entries = self.rng.sample(_words[key][self.half].split(';'), n)
+        sides = [[side.split() for side in entry.split(':')] for entry in entries]
+        return [[self.rng.sample(side, len(side)) for side in entry] for entry in sides]
+
+    def cross(self, key):
+        "One word from each side of two entries: a, x, b, y with a-x and b-y belonging together"
+        (a, x), (b, y) = self.couples(key)
+        return a[0], x[0], b[0], y[0]
+
+
+def _four(row, a, x, b, y):
+    "The four rows of two couples, true and false in turn; `row(left, right)` gives the texts"
+    return [(*row(a, x), 1), (*row(a, y), 0), (*row(b, y), 1), (*row(b, x), 0)]
 
 # %% ../nbs/02_tasks.ipynb #5214d8df
-def toy_pairs(
-    n_train: int = 1200,       # Training rows
-    n_validation: int = 500,   # Validation rows
-    seed: int = 0,             # Seed of the generator
-) -> Task:                     # A task with labels 'different' and 'same'
-    "A sentence-pair task: does the second sentence follow from the first?"
-    columns = ('sentence1', 'sentence2')
-    return _toy_task('toy_pairs', _pair_rows, columns, ('no', 'yes'), n_train, n_validation, seed)
+def _sensible_kind(draw):
+    (who,) = draw.words('name', 1)
+    return _four(lambda kind, noun: (f'To {who} a {noun} is a kind of {kind}.',), *draw.cross('kind'))
+
+
+def _sensible_city(draw):
+    (who,), (lives,) = draw.words('name', 1), draw.words('lives', 1)
+    return _four(lambda city, land: (f'{who} {lives} in {city}, a city in {land}.',), *draw.cross('city'))
+
+
+def _sensible_use(draw):
+    (who,) = draw.words('name', 1)
+    return _four(lambda verb, noun: (f'{who} {verb} the {noun}.',), *draw.cross('use'))
+
+
+def _sensible_act(draw):
+    (who,) = draw.words('name', 1)
+    return _four(lambda verb, noun: (f'Near {who} the {noun} {verb}.',), *draw.cross('act'))
 
 # %% ../nbs/02_tasks.ipynb #7b20bf62
-def _toy_task(name, make, columns, label_names, n_train, n_validation, seed):
-    splits = {}
-    for half, (split, n) in enumerate((('train', n_train), ('validation', n_validation))):
-        rows = make(half, n, random.Random(seed))
-        splits[split] = Dataset.from_dict({c: [r[i] for r in rows] for i, c in enumerate((*columns, 'label'))})
-    return Task(name, splits['train'], splits['validation'], columns, label_names, Accuracy(), 'accuracy',
-                source=f'generated, seed {seed}')
+def _follows_kind(draw):
+    (who,), (owns,) = draw.words('name', 1), draw.words('owns', 1)
+    return _four(lambda kind, noun: (f'{who} {owns} a {noun}.', f'{who} {owns} some kind of {kind}.'),
+                 *draw.cross('kind'))
 
 
-def _sentence_rows(half, n, rng):
-    nouns = {kind: words[half].split() for kind, words in _nouns.items()}
-    verbs = {'food': 'eats', 'drink': 'drinks', 'wear': 'wears'}
-    rows = []
-    for i in range(n):
-        kind = rng.choice(sorted(nouns))
-        other = kind if i % 2 else rng.choice([k for k in sorted(nouns) if k != kind])
-        rows.append((f'She {verbs[kind]} the {rng.choice(nouns[other])}.', i % 2))
+def _follows_city(draw):
+    (who,), (lives,) = draw.words('name', 1), draw.words('lives', 1)
+    return _four(lambda city, land: (f'{who} {lives} in {city}.', f'{who} {lives} in {land}.'), *draw.cross('city'))
+
+
+def _follows_synonym(draw):
+    (who,) = draw.words('name', 1)
+    ((like, opposite),) = draw.couples('opposite', 1)
+    return _four(lambda word, other: (f'{who} is {word}.', f'{who} is {other}.'), *like, *opposite)
+
+# %% ../nbs/02_tasks.ipynb #595b74d4
+def _follows_move(draw):
+    (who,), (moves,), (thing,) = (draw.words(key, 1) for key in ('name', 'moves', 'thing'))
+    here, there = draw.words('place', 2)
+    return _four(lambda way, end: (f'{who} {moves} the {thing} from the {way[0]} to the {way[1]}.',
+                                   f'The {thing} is in the {end}.'), (here, there), there, (there, here), here)
+
+
+def _follows_taste(draw):
+    (who,), (likes,) = draw.words('name', 1), draw.words('likes', 1)
+    this, that = draw.words('topic', 2)
+    return _four(lambda both, one: (f'{who} {likes} {both[0]} but not {both[1]}.', f'{who} {likes} {one}.'),
+                 (this, that), this, (that, this), that)
+
+# %% ../nbs/02_tasks.ipynb #6be10f1c
+def _toy_rows(families, half, n, seed):
+    "`n` different rows, each family in turn giving four; the family's name comes last"
+    draw, fours, seen, stale = _Draw(half, seed), [], set(), 0
+    while 4 * len(fours) < n:
+        family = families[len(fours) % len(families)]
+        four = family(draw)
+        if seen & {row[:-1] for row in four}:
+            stale += 1
+            if stale > 100 * (len(fours) + 10):
+                raise ValueError(f"the generator has no {n} different rows; ask for {4 * len(fours)} or fewer")
+            continue
+        seen |= {row[:-1] for row in four}
+        fours.append([(*row, family.__name__.split('_')[-1]) for row in four])
+    rows = [row for four in fours for row in four][:n]
+    draw.rng.shuffle(rows)
     return rows
 
 
-def _pair_rows(half, n, rng):
-    rows = []
-    for sentence, label in _sentence_rows(half, n, rng):
-        rows.append((sentence, sentence.replace('She', 'He') if label else sentence.replace('the', 'no'), label))
-    return rows
+def _toy_task(name, families, columns, label_names, sizes, seed):
+    "A toy `Task` of `sizes` = (training, validation) rows"
+    for argument, n in zip(('n_train', 'n_validation'), sizes):
+        if not isinstance(n, int) or n < 4:
+            raise ValueError(f"`{argument}` must be a whole number of at least 4 rows, got {n!r}")
+    names = (*columns, 'label', 'family')
+    splits = [Dataset.from_dict(dict(zip(names, map(list, zip(*_toy_rows(families, half, n, seed))))))
+              for half, n in enumerate(sizes)]
+    return Task(name, *splits, columns, label_names, Accuracy(), 'accuracy', source=f'generated, seed {seed}')
+
+# %% ../nbs/02_tasks.ipynb #8e0f9094
+def toy_sentences(
+    n_train: int = 1200,      # Training rows
+    n_validation: int = 500,  # Validation rows
+    seed: int = 0,            # Seed of the generator
+) -> Task:                    # One text column 'sentence'; labels 'odd' and 'sensible'
+    "Generate a one-sentence task: is the sentence sensible?"
+    families = (_sensible_kind, _sensible_city, _sensible_use, _sensible_act)
+    return _toy_task('toy_sentences', families, ('sentence',), ('odd', 'sensible'), (n_train, n_validation), seed)
+
+# %% ../nbs/02_tasks.ipynb #17f02269
+def toy_pairs(
+    n_train: int = 1200,      # Training rows
+    n_validation: int = 500,  # Validation rows
+    seed: int = 0,            # Seed of the generator
+) -> Task:                    # Text columns 'sentence1' and 'sentence2'; labels 'no' and 'yes'
+    "Generate a sentence-pair task: does the second sentence follow from the first?"
+    families = (_follows_kind, _follows_city, _follows_synonym, _follows_move, _follows_taste)
+    columns = ('sentence1', 'sentence2')
+    return _toy_task('toy_pairs', families, columns, ('no', 'yes'), (n_train, n_validation), seed)
 
 # %% ../nbs/02_tasks.ipynb #aca83e67
 _glue = {
