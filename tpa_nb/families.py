@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 # %% ../nbs/01_families.ipynb #ff02d3fd
-from .arch import Arch, AttnNames, Family, FFNNames, Stack, families, find_family, register_family
+from .arch import Arch, AttnNames, Family, FFNNames, Stack, find_family, register_family
 
 # %% ../nbs/01_families.ipynb #b035abe1
 _BERT_ATTN = AttnNames('attention.self', 'attention.self.query', 'attention.self.key', 'attention.self.value',

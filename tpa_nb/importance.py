@@ -80,7 +80,7 @@ def _record_hook(attn, store):
 
 # %% ../nbs/03_importance.ipynb #d86d38f7
 def example_losses(
-    outputs,      # What the model returned, with `logits` (B, labels)
+    outputs: object,  # What the model returned, with `logits` (B, labels)
     batch: dict,  # What it was given, with `labels` (B,)
 ) -> torch.Tensor:  # (B,)
     "Compute the loss of each example: cross-entropy, or squared error if `labels` are floats"

@@ -248,13 +248,13 @@ def _wait_for(device: torch.device) -> Callable[[], None]:
     return lambda: torch.accelerator.synchronize(device)
 
 
-def _timed(model: nn.Module, batch: dict, sync: Callable[[], None]) -> float:
+def _timed(model: nn.Module, batch: dict, sync: Callable[[], None], clock: Callable[[], float]) -> float:
     "Milliseconds of one forward pass"
     sync()
-    start = time.perf_counter()
+    start = clock()
     model(**batch)
     sync()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (clock() - start)
 
 # %% ../nbs/07_profile.ipynb #acd92f24
 def _check_together(archs) -> torch.device:
@@ -279,6 +279,7 @@ def latency_together(
     repeats: int = 10,             # Timed passes of each model
     warmup: int = 3,               # Passes of each model before the clock starts
     sync: Callable | None = None,  # Waits for the device; by default what the device needs
+    clock: Callable[[], float] = time.perf_counter,  # Seconds; `time.process_time` counts only this process's CPU time
 ) -> dict[str, Latency]:           # Times of each model, by name
     "Time forward passes of `archs` in turns, on the same random batch"
     device = _check_together(archs)
@@ -290,7 +291,7 @@ def latency_together(
     with _evaluating([arch.model for arch in archs.values()]):
         for i in range(-warmup, repeats):
             for name in (list(archs) if i % 2 == 0 else reversed(archs)):
-                ms = _timed(archs[name].model, batches[name], sync)
+                ms = _timed(archs[name].model, batches[name], sync, clock)
                 times[name] += [ms] if i >= 0 else []
     return {name: Latency(tuple(ms), batch_size, seq_len) for name, ms in times.items()}
 

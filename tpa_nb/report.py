@@ -62,9 +62,17 @@ def _styled():
         warnings.filterwarnings('ignore', r'Glyph \d+')  # the reader's fonts draw the text, not matplotlib's
         yield
 
+class _Figure(Figure):
+    "A figure that notebooks show, though pyplot knows nothing of it"
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        with _styled():
+            self.savefig(out, format='png', dpi=100, facecolor='white')
+        return out.getvalue()
+
 def _figure(width, height, n=1, **kwargs):
     "An empty figure without a display, and its axes"
-    fig = Figure((width, height), layout='constrained')
+    fig = _Figure((width, height), layout='constrained')
     FigureCanvasBase(fig)
     return fig, fig.subplots(1, n, squeeze=False, **kwargs)[0]
 
@@ -135,7 +143,7 @@ def _name_ends(ax, ends, looks):
     for i, (name, point) in enumerate(ends.items()):
         ax.annotate('', point, (1.03, heights[i]), textcoords='axes fraction', annotation_clip=False, arrowprops=dict(
             arrowstyle='-', color=looks[name]['color'], alpha=0.45, linewidth=0.7, shrinkB=4))
-        ax.plot(1.03, heights[i], **looks[name], markersize=4.5, transform=ax.transAxes, clip_on=False)
+        ax.plot(1.03, heights[i], **looks[name], markersize=5.5, transform=ax.transAxes, clip_on=False)
         ax.text(1.05, heights[i], name, transform=ax.transAxes, va='center')
 
 def _points(name, rows):
@@ -161,7 +169,7 @@ def plot_curves(
         fig, (ax,) = _figure(7.3, 2.9)
         for name, points in curves.items():
             ax.plot(*zip(*points), **{**looks[name], 'marker': None}, linewidth=1.6)
-            ax.plot(*points[-1], **looks[name], markersize=4.5)
+            ax.plot(*points[-1], **looks[name], markersize=5.5)
         ax.set(title='training loss', xlabel='step', ylim=(0, top))
         ax.set_xlim(left=0)
         _name_ends(ax, {name: points[-1] for name, points in curves.items()}, looks)

@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
 from transformers import TrainerCallback, TrainingArguments
+from transformers import logging as hf_logging
 from transformers.trainer_utils import get_last_checkpoint
 
 # %% ../nbs/06_train.ipynb #51a45807
@@ -28,18 +29,18 @@ def method_of(arch: Arch) -> str:
     "Name what `finetune` would train: 'lora' where there is an adapter, else 'full'"
     return 'lora' if arch.is_adapted else 'full'
 
+# %% ../nbs/06_train.ipynb #c8206236
 def default_lr(arch: Arch) -> float:
-    "Learning rate of `finetune`: 1e-3 for adapters; for all weights 1e-4 below 512 wide, else 5e-5"
-    if arch.is_adapted:
-        return 1e-3
-    return 1e-4 if arch.attns[0].q.in_features < 512 else 5e-5
+    "Learning rate of `finetune`: adapters 1e-3, all weights 5e-5; twice that for models less than 512 wide"
+    base = 1e-3 if arch.is_adapted else 5e-5
+    return 2 * base if arch.attns[0].q.in_features < 512 else base
 
 # %% ../nbs/06_train.ipynb #74d6356b
 class _Watch(TrainerCallback):
     "Show progress on one line and stop on a loss that is not finite"
     def __init__(self, title, progress):
         wait = 0.3 if sys.stderr.isatty() else 20
-        self.make_bar = lambda total: tqdm(total=total, desc=title, disable=not progress, mininterval=wait, leave=False)
+        self.make_bar = lambda n: tqdm(total=n, desc=title, disable=not progress, mininterval=wait, leave=False)
         self.bar, self.done = None, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -56,7 +57,7 @@ class _Watch(TrainerCallback):
         if not math.isfinite(float(loss)):
             raise FloatingPointError(f"the training loss is {loss} at step {state.global_step}; "
                                      "lower `lr` or check the data")
-        self.bar.set_postfix(loss=f'{float(loss):.3f}')
+        self.bar.set_postfix(loss=f'{float(loss):.3f}', refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -100,7 +101,8 @@ def make_trainer(
     settings = dict(train_sampling_strategy='group_by_length', report_to='none', disable_tqdm=True, logging_steps=10,
                     save_strategy='no', dataloader_pin_memory=torch.cuda.is_available(), eval_strategy='no',
                     per_device_eval_batch_size=64, logging_nan_inf_filter=False, weight_decay=0.01)
-    args = TrainingArguments(output_dir=str(output_dir or tempfile.gettempdir()), per_device_train_batch_size=batch_size,
+    args = TrainingArguments(output_dir=str(output_dir or tempfile.gettempdir()),
+                             per_device_train_batch_size=batch_size,
                              **{**settings, **_precision(mixed_precision), **kwargs})
     trainer = Trainer(arch.model, args, data_collator=_Padding(arch.tokenizer),
                       train_dataset=_encoded(train or task.examples('train'), arch),
@@ -154,10 +156,13 @@ def _check_run(epochs, lr, batch_size, early_stopping, resume, output_dir):
 
 def _run(trainer, resume):
     "Train, from the last checkpoint if asked and there is one"
-    last = None
-    if resume and Path(trainer.args.output_dir).is_dir():
-        last = get_last_checkpoint(trainer.args.output_dir)
-    trainer.train(resume_from_checkpoint=last)
+    there = resume and Path(trainer.args.output_dir).is_dir()
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir) if there else None)
+    finally:
+        hf_logging.set_verbosity(level)
 
 # %% ../nbs/06_train.ipynb #6f729468
 def finetune(
@@ -219,7 +224,7 @@ def warm_up(
     task: Task,                        # Training rows
     epochs: float = 1,                 # Passes over the training rows
     r: int = 8,                        # Rank of the adapter
-    lr: float | None = None,           # Highest learning rate, 1e-3 by default
+    lr: float | None = None,           # Highest learning rate; `default_lr` if not given
     batch_size: int = 32,              # Examples per step and device
     seed: int = 0,                     # Seed of adapter, order and dropout
     train: tuple[str, ...] = ('norm', 'head'),  # What trains beside the adapter
