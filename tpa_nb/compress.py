@@ -77,14 +77,19 @@ def _prune_lora(arch, task, recipe, progress):
     n = min(recipe.calibration, len(task.train))
     derivatives = head_derivatives(arch, task.calibration(n, recipe.seed), recipe.batch_size)
     imp = score_heads(derivatives, recipe.normalize)
-    prune_heads(arch, select_heads(imp, recipe.keep, None if recipe.keep else recipe.pruning_ratio, recipe.scope,
-                                   recipe.min_heads, recipe.round_to))
+    prune_heads(arch, _selection(imp, recipe))
     top = max(1, round(len(imp) / 3)) if recipe.top_blocks is None else recipe.top_blocks
-    add_lora(arch, _left(imp, arch), r_high=recipe.r_high, r_low=recipe.r_low, top_blocks=top,
+    blocks = imp if recipe.ranks == 'top' else score_heads(derivatives, None, minmax=False)
+    add_lora(arch, _left(blocks, arch), r_high=recipe.r_high, r_low=recipe.r_low, top_blocks=top,
              budget=recipe.r if recipe.ranks == 'budget' else None, lora_alpha=recipe.lora_alpha,
              targets=recipe.targets, train=recipe.train, seed=recipe.seed)
     finetune(arch, task, recipe.epochs - before, recipe.lr, recipe.batch_size, recipe.seed, progress=progress)
     return Outcome(merge_lora(arch), imp, ranking_stability(derivatives, recipe.normalize) if n >= 4 else None)
+
+def _selection(imp, recipe):
+    "Heads to remove, by the recipe"
+    ratio = recipe.pruning_ratio if recipe.keep is None else None
+    return select_heads(imp, recipe.keep, ratio, recipe.scope, recipe.min_heads, recipe.round_to)
 
 def _left(imp, arch):
     "`imp` with `nan` for the heads that are gone"
@@ -107,7 +112,7 @@ class Recipe:
     round_to: int = 1                    # Heads kept per layer are a multiple of this
     scope: str = 'global'                # Rank heads over the whole model or per 'layer'
     normalize: str | None = 'layer'      # Scores: L2 norm per 'layer', over the 'model', or None
-    warm_up: float = 1 / 3               # Share of all steps before importance is measured; 0 for none
+    warm_up: float = 0.5                 # Share of all steps before importance is measured; 0 for none
     calibration: int = 512               # Training examples on which importance is measured
     ranks: str = 'budget'                # 'budget' (proportional) or 'top' (two levels)
     r: int = 8                           # Rank of plain LoRA, and the budget of proportional ranks
@@ -117,7 +122,7 @@ class Recipe:
     lora_alpha: float = 16               # LoRA's alpha at the highest rank
     targets: tuple[str, ...] = ('q', 'k', 'v', 'o')  # Adapted projections
     train: tuple[str, ...] = ('norm', 'head')        # What trains beside the adapters
-    epochs: float = 3                    # Passes over the training rows, warm-up included
+    epochs: float = 4                    # Passes over the training rows, warm-up included
     batch_size: int = 32                 # Examples per step
     lr: float | None = None              # Learning rate of adapters; by default it follows the width
     full_lr: float | None = None         # Learning rate of full fine-tuning; by default it follows the width
@@ -340,8 +345,7 @@ def _check_model_fits(arch, task, recipe):
     for a in arch.attns:
         heads[a.row, [h for h in range(heads.shape[1]) if h not in a.heads]] = float('nan')
     if recipe.method == 'prune-lora':
-        select_heads(heads, recipe.keep, None if recipe.keep else recipe.pruning_ratio, recipe.scope, recipe.min_heads,
-                     recipe.round_to)
+        _selection(heads, recipe)
         add_lora(arch.clone(), heads, top_blocks=min(len(heads), recipe.top_blocks or 1), targets=recipe.targets,
                  train=recipe.train)
         if recipe.top_blocks is not None and not 0 <= recipe.top_blocks <= len(heads):

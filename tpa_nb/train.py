@@ -76,6 +76,15 @@ def _encoded(examples, arch):
     data = examples.encode(arch.tokenizer)
     return data.add_column('length', [len(ids) for ids in data['input_ids']])
 
+def _by_length(data):
+    "`data` from short to long, so that batches need little padding"
+    return data.select(torch.tensor(data['length'][:]).argsort(stable=True).tolist())
+
+def _sampling(lengths):
+    "How the Trainer draws batches: by length where that saves much padding"
+    lengths = torch.tensor(lengths[:], dtype=torch.float)
+    return 'group_by_length' if lengths.std(correction=0) > 0.25 * lengths.mean() else 'random'
+
 def _check_fit(arch, task):
     "Raise unless `arch` has a tokenizer and a head for `task`"
     if arch.tokenizer is None:
@@ -98,15 +107,17 @@ def make_trainer(
 ) -> Trainer:                          # Silent, reporting to nobody
     "Make a Hugging Face Trainer for `arch` on `task`"
     _check_fit(arch, task)
-    settings = dict(train_sampling_strategy='group_by_length', report_to='none', disable_tqdm=True, logging_steps=10,
+    rows = _encoded(train or task.examples('train'), arch)
+    settings = dict(train_sampling_strategy=_sampling(rows['length']), report_to='none', disable_tqdm=True,
+                    logging_steps=10,
                     save_strategy='no', dataloader_pin_memory=torch.cuda.is_available(), eval_strategy='no',
                     per_device_eval_batch_size=64, logging_nan_inf_filter=False, weight_decay=0.01)
     args = TrainingArguments(output_dir=str(output_dir or tempfile.gettempdir()),
                              per_device_train_batch_size=batch_size,
                              **{**settings, **_precision(mixed_precision), **kwargs})
     trainer = Trainer(arch.model, args, data_collator=_Padding(arch.tokenizer),
-                      train_dataset=_encoded(train or task.examples('train'), arch),
-                      eval_dataset=_encoded(evaluation, arch).sort('length') if evaluation else None,
+                      train_dataset=rows,
+                      eval_dataset=_by_length(_encoded(evaluation, arch)) if evaluation else None,
                       compute_metrics=task.compute_metrics, processing_class=arch.tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -236,6 +247,7 @@ def warm_up(
     work = Arch(arch.model, arch.tokenizer, arch.family)
     _check_fit(work, task)
     add_lora(work, r=r, train=train, seed=seed)
-    arch.model = merge_lora(finetune(work, task, epochs, lr, batch_size, seed, **{'title': 'warm-up', **kwargs})).model
+    settings = {'title': 'warm-up', 'lr_scheduler_type': 'constant_with_warmup', **kwargs}
+    arch.model = merge_lora(finetune(work, task, epochs, lr, batch_size, seed, **settings)).model
     arch.history.append({**work.history[1], 'verb': 'warm_up', 'r': r})
     return arch
