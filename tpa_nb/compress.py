@@ -327,8 +327,8 @@ def _notes(done, task):
     return ''.join(f'<p>{line}</p>' for line in lines)
 
 # %% ../nbs/40_compress.ipynb #fb76de0e
-def _check_output(output_dir):
-    "Raise unless `output_dir` is free or ours"
+def _check_output(output_dir, fingerprint):
+    "Raise unless `output_dir` is free, or holds this very run"
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`output_dir` {str(output_dir)!r} is a file; give a folder")
@@ -337,6 +337,10 @@ def _check_output(output_dir):
     if foreign:
         raise ValueError(f"`output_dir` {str(output_dir)!r} holds other files ({foreign[0]!r}); "
                          "give a new or empty folder")
+    if (folder / 'results.json').exists():
+        if json.loads((folder / 'results.json').read_text()).get('fingerprint') != fingerprint:
+            raise ValueError(f"`output_dir` {str(output_dir)!r} holds the result of another run; "
+                             "give another folder or remove it")
     return folder
 
 def _check_model_fits(arch, task, recipe):
@@ -380,7 +384,8 @@ def _write_folder(folder, model, task, recipe, result, done):
             fig.savefig(folder / 'figures' / f'{key}.svg', bbox_inches='tight', metadata={'Date': None})
     where = provenance()
     _write_json(folder / 'results.json', {
-        'model': name, 'task': task.provenance, 'recipe': asdict(recipe), 'majority': result.majority,
+        'fingerprint': _fingerprint(model, task, recipe), 'model': name, 'task': task.provenance,
+        'recipe': asdict(recipe), 'majority': result.majority,
         'profiles': {n: p.as_dict() for n, p in result.profiles.items()}, 'scores': result.scores,
         'seconds': {t.title: t.seconds for t in done}, 'importance': _as_lists(result.importance),
         'history': result.arch.history, 'provenance': dict(where)})
@@ -418,7 +423,7 @@ def compress(
     "Prune, adapt and train `model` on `task` by `recipe`, beside its rivals; measure and save"
     recipe, task = recipe or Recipe(), load_task(task) if isinstance(task, str) else task
     chosen = variants(recipe, rivals)
-    folder = _check_output(output_dir) if output_dir else None
+    folder = _check_output(output_dir, _fingerprint(model, task, recipe)) if output_dir else None
     _check_model_fits(_fresh(model, task, recipe.seed), task, recipe)
     with _work_folder(folder) as work:
         done = _train_all(model, task, chosen, work, progress)
@@ -468,7 +473,7 @@ def plan_compress(
     recipe, task = recipe or Recipe(), load_task(task) if isinstance(task, str) else task
     chosen = variants(recipe, rivals)
     if output_dir:
-        _check_output(output_dir)
+        _check_output(output_dir, _fingerprint(model, task, recipe))
     arch = _fresh(model, task, recipe.seed)
     _check_model_fits(arch, task, recipe)
     rows = task.calibration(min(recipe.batch_size, len(task.train)), recipe.seed)

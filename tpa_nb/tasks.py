@@ -409,7 +409,8 @@ _couples = {
         'glad happy: sad unhappy; big large: small tiny; clever smart: stupid dumb; ill sick: healthy well; '
         'wealthy rich: poor broke; calm quiet: loud noisy; lazy idle: busy active; young youthful: old elderly',
         'angry mad: friendly nice; tired sleepy: awake alert; thin slim: fat heavy; pretty beautiful: ugly hideous; '
-        'powerful strong: weak frail; modest humble: proud arrogant; brave bold: afraid scared; filthy dirty: clean neat'),
+        'powerful strong: weak frail; modest humble: proud arrogant; brave bold: afraid scared; '
+        'filthy dirty: clean neat'),
     'use': (
         'ate cooked: bread rice cake pasta salad; wore: hat suit uniform helmet; read wrote: book letter poem novel; '
         'drove parked: car truck taxi van bus; fed trained: dog horse lion tiger puppy; played: guitar piano violin',
@@ -704,6 +705,7 @@ def _label_names(table, column, labels, given, regression):
     if pa.types.is_integer(labels.type) and values[0] < 0:
         raise ValueError(f"`train` has labels {values[:5]}: -1 usually marks a hidden test label; if it is a class, "
                          f"give label_names={tuple(map(str, values))}")
+    if len(values) == 1: raise ValueError(f"all labels of `train` are {values[0]!r}: there is nothing to learn")
     return tuple(map(str, values))
 
 
