@@ -33,6 +33,13 @@ def loop(arch, batches, frozen):
     return total
 
 
+def forward(arch, examples, batch_size):
+    "A bare forward pass over the same batches: what no way can go below"
+    with torch.no_grad():
+        for batch in examples.batches(arch.tokenizer, batch_size, arch.device):
+            arch.model(**batch)
+
+
 def timed(run):
     "Seconds and result of `run()`"
     start = time.perf_counter()
@@ -56,7 +63,8 @@ def main():
     singles = list(examples.batches(arch.tokenizer, 1))
     ways = {'loop with weight gradients': lambda: loop(arch, singles, False),
             'loop with frozen weights': lambda: loop(arch, singles, True),
-            'head_derivatives': lambda: head_derivatives(arch, examples, args.batch_size).values.abs().sum(0)}
+            'head_derivatives': lambda: head_derivatives(arch, examples, args.batch_size).values.abs().sum(0),
+            'forward pass alone': lambda: forward(arch, examples, args.batch_size)}
     seconds, values = {name: [] for name in ways}, {}
     for _ in range(args.rounds):
         for name, run in ways.items():
@@ -65,7 +73,7 @@ def main():
     medians = {name: statistics.median(s) for name, s in seconds.items()}
     fast = medians['head_derivatives']
     largest = values['head_derivatives'].max().item() / args.n
-    worst = max(((v - values['head_derivatives']).abs() / args.n).max().item() for v in values.values())
+    worst = max(((v - values['head_derivatives']).abs() / args.n).max().item() for v in values.values() if v is not None)
     tokens = sum(b['attention_mask'].sum().item() for b in singles) / args.n
     print(f'{args.model}, {args.task}: {args.n} examples of {tokens:.1f} tokens on average')
     for name, s in medians.items():

@@ -90,11 +90,12 @@ def make_page(path: Path, nbs: Path) -> Page:
 
 def resolve(link: str, page: Page, site: str) -> tuple[str, str] | None:
     "Page and anchor that a link means, as paths of the site; None for a link that leaves it"
+    folder = PurePosixPath('.') if link.startswith(f'{site}/') else PurePosixPath(page.name).parent
     link = link.removeprefix(f'{site}/')
     if re.match(r'[a-z][a-z+.-]*:', link): return None
     target, _, anchor = link.partition('#')
     if not target: return page.name, anchor
-    path = os.path.normpath(PurePosixPath(page.name).parent/target)
+    path = os.path.normpath(folder/target)
     return (page_name(path) if path.endswith('.ipynb') else path), anchor
 
 
