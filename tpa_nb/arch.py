@@ -264,6 +264,7 @@ class Arch:
         _check_record(base, family)
         self.model, self.tokenizer, self.family = model, tokenizer, family
         self.history: list[dict] = []
+        self.new_weights: tuple[str, ...] = ()  # weights that no checkpoint gave: they are random
 
 # %% ../nbs/00_arch.ipynb #4c6b1753
 def _prefix(base, family):
@@ -415,12 +416,14 @@ def from_pretrained(
         if 'ForSequenceClassification' in str(config.architectures):
             task.check_model(config)
         kwargs = {**task.model_kwargs, **kwargs}
-    model = _load_quietly(path, family, seed, kwargs)
-    return cls(model.eval(), _read(path, AutoTokenizer.from_pretrained), family)
+    model, new = _load_quietly(path, family, seed, kwargs)
+    arch = cls(model.eval(), _read(path, AutoTokenizer.from_pretrained), family)
+    arch.new_weights = new
+    return arch
 
 # %% ../nbs/00_arch.ipynb #98167ee9
 def _load_quietly(path, family, seed, kwargs):
-    "The model at `path`; a head that it lacks is drawn from `seed`, anything else missing is an error"
+    "The model at `path` and what it lacks: a head is drawn from `seed`, anything else missing is an error"
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     bars = hf_logging.is_progress_bar_enabled()
@@ -439,4 +442,4 @@ def _load_quietly(path, family, seed, kwargs):
     if missing:
         raise ValueError(f"`name` {path!r} lacks {len(missing)} weights of {type(model).__name__}, "
                          f"the first is {missing[0]!r}; is it a checkpoint of this architecture?")
-    return model
+    return model, tuple(sorted(info['missing_keys']))

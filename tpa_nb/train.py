@@ -69,7 +69,8 @@ def _precision(mixed_precision):
         raise ValueError(f"`mixed_precision` must be 'auto', 'no', 'bf16' or 'fp16', got {mixed_precision!r}")
     if mixed_precision == 'auto':
         mixed_precision = 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'no'
-    return {'bf16': mixed_precision == 'bf16', 'fp16': mixed_precision == 'fp16'}
+    return {'bf16': mixed_precision == 'bf16', 'fp16': mixed_precision == 'fp16',
+            'use_cpu': not torch.accelerator.is_available()}
 
 def _encoded(examples, arch):
     "Tokens of `examples`, with their lengths"
