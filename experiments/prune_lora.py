@@ -1,0 +1,156 @@
+"""Prune-LoRA against tuned full fine-tuning, tuned LoRA and random heads, on real data.
+
+    python experiments/prune_lora.py --data_dir DATA --stage tune --jobs 2
+    python experiments/prune_lora.py --data_dir DATA --jobs 2 --minutes 60
+
+The first command tries learning rates on a slice of the training rows, the second runs the grid with the best ones.
+Each cell leaves a file in experiments/results/prune_lora; what is there is not run again. `--shard i/n` divides the
+cells between machines, `--minutes` fits them into the time there is. nbs/results/prune_lora.ipynb draws what exists.
+"""
+import tempfile
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from fastcore.script import call_parse, store_true
+
+from tpa_nb.arch import Arch
+from tpa_nb.compress import Recipe, recipe_methods
+from tpa_nb.profile import count_flops, count_params
+from tpa_nb.runner import Cell, missing_cells, read_cells, run_cells
+from tpa_nb.save import load_model, save_model
+from tpa_nb.tasks import load_task
+from tpa_nb.train import predict, warm_up
+
+FOLDER = Path(__file__).parent / 'results' / 'prune_lora'
+EPOCHS = {'rte': 6, 'mrpc': 5, 'cola': 5, 'wnli': 6, 'sst2': 1, 'mnli': 1}  # passes over the training rows, for all methods
+RATES = {'tune-lora': (1e-3, 2e-3, 4e-3), 'tune-full': (5e-5, 1e-4, 2e-4)}
+KEEP = (36, 24, 50)
+WARM_UP = 0.5
+SLICE = 0.2  # share of the training rows that learning rates are chosen on
+
+
+def setting(**choices):
+    "'keep=36,r=8'"
+    return ','.join(f'{k}={v:.0e}' if isinstance(v, float) else f'{k}={v}' for k, v in choices.items())
+
+
+def choices(cell):
+    "The dict that `setting` wrote"
+    pairs = [part.split('=') for part in cell.setting.split(',') if part]
+    return {k: float(v) if 'e' in v else int(v) for k, v in pairs}
+
+
+def tuning_grid(tasks):
+    "Cells that try learning rates"
+    return [Cell(task, method, setting(lr=lr)) for task, (method, rates) in product(tasks, RATES.items()) for lr in rates]
+
+
+def grid(tasks, seeds, cold=True):
+    "Cells of the comparison: those that decide first, warm-ups early so that others can use them"
+    found = []
+    for seed, task in product(seeds, tasks):
+        found += [Cell(task, 'warm', setting(keep=KEEP[0]), seed), Cell(task, 'lora', seed=seed),
+                  Cell(task, 'full', seed=seed)]
+        found += [Cell(task, method, setting(keep=keep), seed) for keep in KEEP for method in ('warm', 'random-warm')]
+    if cold:
+        found += [Cell(task, method, setting(keep=keep), seed) for seed, task, keep, method in
+                  product(seeds, tasks, KEEP[:2], ('cold', 'random-cold'))]
+    return list(dict.fromkeys(found))
+
+
+def best_rate(task, method):
+    "The learning rate with the best score on the slice of the training rows"
+    tried = {choices(Cell(c['task'], c['method'], c['setting']))['lr']: c['result'][c['result']['metric']]
+             for c in read_cells(FOLDER) if (c['task'], c['method']) == (task, f'tune-{method}')}
+    if not tried:
+        raise ValueError(f"no learning rate of {method} has been tried on {task}; run --stage tune first")
+    return max(tried, key=tried.get)
+
+
+def recipe_of(cell, lr=None):
+    "What a cell asks for, as a `Recipe`"
+    way = cell.method.removeprefix('tune-')
+    common = dict(epochs=EPOCHS[cell.task], seed=cell.seed, mixed_precision='bf16')
+    if way == 'full':
+        return Recipe(method='full', full_lr=lr or best_rate(cell.task, 'full'), **common)
+    common['lr'] = lr or best_rate(cell.task, 'lora')
+    if way == 'lora':
+        return Recipe(method='lora', **common)
+    return Recipe(warm_up=0 if way.endswith('cold') else WARM_UP, keep=choices(cell)['keep'],
+                  criterion='random' if way.startswith('random') else 'importance', **common)
+
+
+def warmed(task, recipe, cache):
+    "A model after the recipe's warm-up; cells of one task and seed share it"
+    key = f'{task.name}-{recipe.seed}-{recipe.lr:g}-{recipe.epochs:g}-{recipe.warm_up:g}-{recipe.r}'
+    folder = Path(cache) / key
+    if not (folder / 'tpa.json').exists():
+        arch = warm_up(Arch.from_pretrained('minilm', task, recipe.seed), task, recipe.epochs * recipe.warm_up, recipe.r,
+                       recipe.lr, recipe.batch_size, recipe.seed, recipe.train, mixed_precision=recipe.mixed_precision)
+        save_model(arch, folder, overwrite=True)
+    return load_model(folder)
+
+
+def slice_of(task):
+    "The task with a slice of its training rows in place of the validation rows"
+    train, held = task.split(SLICE, seed=0)
+    return replace(task, train=train.rows, validation=held.rows)
+
+
+def answers(arch, task):
+    "Labels and answers of the validation rows, a digit each, and the scores"
+    logits = predict(arch, task)
+    labels = task.validation['label'][:]
+    return {'metric': task.main_metric, **task.compute_metrics((logits.numpy(), labels)), 'majority': task.majority,
+            'labels': ''.join(map(str, labels)), 'answers': ''.join(map(str, logits.argmax(-1).tolist()))}
+
+
+def run(cell, data_dir, cache):
+    "Carry out one cell"
+    torch.manual_seed(cell.seed)
+    task = load_task(cell.task, data_dir=data_dir, partial=True)
+    lr = choices(cell).get('lr')
+    recipe = recipe_of(cell, lr)
+    task = slice_of(task) if lr else task
+    if recipe.method == 'prune-lora' and recipe.warm_up:
+        arch = warmed(task, recipe, cache)
+        rest = replace(recipe, epochs=recipe.epochs * (1 - recipe.warm_up), warm_up=0)
+    else:
+        arch, rest = Arch.from_pretrained('minilm', task, recipe.seed), recipe
+    outcome = recipe_methods[rest.method](arch, task, rest, False)
+    steps = sum(h.get('steps', 0) for h in outcome.arch.history)
+    return {**answers(outcome.arch, task), 'recipe': asdict(recipe), 'steps': steps, 'stability': outcome.stability,
+            'kept': [a.n_heads for a in outcome.arch.attns], 'params': count_params(outcome.arch)['params'],
+            'flops': count_flops(outcome.arch), 'rows': {'train': len(task.train), 'validation': len(task.validation)},
+            'partial': task.partial, 'loss': [row['loss'] for h in outcome.arch.history for row in h.get('log', [])]}
+
+
+@call_parse
+def main(
+    data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
+    tasks: str = 'mrpc,rte,cola',        # Tasks, with commas
+    seeds: int = 2,                      # Seeds 0, 1, ...
+    stage: str = 'grid',                 # 'tune' (learning rates) or 'grid' (the comparison)
+    shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
+    minutes: float = None,               # Begin no cell that would not end within this time
+    jobs: int = 1,                       # Cells side by side
+    cache_dir: str = '',                 # Folder for warmed-up models; a temporary one if not given
+    dry_run: store_true = False,         # Say which cells are missing; run nothing
+):
+    "Run the cells that are missing"
+    if not data_dir and not dry_run:
+        raise SystemExit('prune_lora.py: give --data_dir, a folder with <task>/train.parquet and validation.parquet')
+    names = tasks.split(',')
+    cells = tuning_grid(names) if stage == 'tune' else grid(names, range(seeds))
+    if dry_run:
+        missing = missing_cells(cells, FOLDER)
+        print(f'{len(cells) - len(missing)} of {len(cells)} cells are done; missing:', *(c.name for c in missing), sep='\n')
+        return
+    with tempfile.TemporaryDirectory() as tmp:
+        errors = run_cells(cells, partial(run, data_dir=data_dir, cache=cache_dir or tmp), FOLDER, shard, minutes, jobs)
+    for name, text in errors.items():
+        print(f'{name} failed:\n{text}')
+    raise SystemExit(1 if errors else 0)
