@@ -9,7 +9,7 @@ cells between machines, `--minutes` fits them into the time there is. nbs/result
 """
 import tempfile
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from tpa_nb.train import predict, warm_up
 
 FOLDER = Path(__file__).parent / 'results' / 'prune_lora'
 EPOCHS = {'rte': 6, 'mrpc': 5, 'cola': 5, 'wnli': 6, 'sst2': 1, 'mnli': 1}  # passes over the training rows, for all methods
-RATES = {'tune-lora': (1e-3, 2e-3, 4e-3), 'tune-full': (5e-5, 1e-4, 2e-4)}
+RATES = {'tune-lora': (1e-3, 5e-4, 2e-3), 'tune-full': (1e-4, 2e-4)}
+TUNED = ('mrpc', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
 KEEP = (36, 24, 50)
 WARM_UP = 0.5
 SLICE = 0.2  # share of the training rows that learning rates are chosen on
@@ -43,9 +44,10 @@ def choices(cell):
     return {k: float(v) if 'e' in v else int(v) for k, v in pairs}
 
 
-def tuning_grid(tasks):
-    "Cells that try learning rates"
-    return [Cell(task, method, setting(lr=lr)) for task, (method, rates) in product(tasks, RATES.items()) for lr in rates]
+def tuning_grid():
+    "Cells that try learning rates, and one without training the pooler"
+    return [Cell(task, 'tune-lora', setting(lr=RATES['tune-lora'][0], pooler=0)) for task in TUNED] + [
+        Cell(task, method, setting(lr=lr)) for method, rates in RATES.items() for lr, task in product(rates, TUNED)]
 
 
 def grid(tasks, seeds, cold=True):
@@ -61,25 +63,30 @@ def grid(tasks, seeds, cold=True):
     return list(dict.fromkeys(found))
 
 
-def best_rate(task, method):
-    "The learning rate with the best score on the slice of the training rows"
-    tried = {choices(Cell(c['task'], c['method'], c['setting']))['lr']: c['result'][c['result']['metric']]
-             for c in read_cells(FOLDER) if (c['task'], c['method']) == (task, f'tune-{method}')}
-    if not tried:
-        raise ValueError(f"no learning rate of {method} has been tried on {task}; run --stage tune first")
-    return max(tried, key=tried.get)
+@lru_cache
+def best_rate(method):
+    "The learning rate with the best mean score on slices of the training rows"
+    done = {(c['task'], c['setting']): c['result'] for c in read_cells(FOLDER) if c['method'] == f'tune-{method}'}
+    mean = {}
+    for lr in RATES[f'tune-{method}']:
+        found = [done.get((task, setting(lr=lr))) for task in TUNED]
+        if None in found:
+            raise ValueError(f"{method} at {lr:g} has not been tried on {', '.join(TUNED)}; run --stage tune first")
+        mean[lr] = sum(r[r['metric']] for r in found) / len(found)
+    return max(mean, key=mean.get)
 
 
-def recipe_of(cell, lr=None):
+def recipe_of(cell):
     "What a cell asks for, as a `Recipe`"
-    way = cell.method.removeprefix('tune-')
+    way, asked = cell.method.removeprefix('tune-'), choices(cell)
+    lr = asked.get('lr')
     common = dict(epochs=EPOCHS[cell.task], seed=cell.seed, mixed_precision='bf16')
     if way == 'full':
-        return Recipe(method='full', full_lr=lr or best_rate(cell.task, 'full'), **common)
-    common['lr'] = lr or best_rate(cell.task, 'lora')
+        return Recipe(method='full', full_lr=lr or best_rate('full'), **common)
+    common.update(lr=lr or best_rate('lora'), train=('norm', 'head', 'pooler') if asked.get('pooler', 1) else ('norm', 'head'))
     if way == 'lora':
         return Recipe(method='lora', **common)
-    return Recipe(warm_up=0 if way.endswith('cold') else WARM_UP, keep=choices(cell)['keep'],
+    return Recipe(warm_up=0 if way.endswith('cold') else WARM_UP, keep=asked['keep'],
                   criterion='random' if way.startswith('random') else 'importance', **common)
 
 
@@ -112,9 +119,8 @@ def run(cell, data_dir, cache):
     "Carry out one cell"
     torch.manual_seed(cell.seed)
     task = load_task(cell.task, data_dir=data_dir, partial=True)
-    lr = choices(cell).get('lr')
-    recipe = recipe_of(cell, lr)
-    task = slice_of(task) if lr else task
+    recipe = recipe_of(cell)
+    task = slice_of(task) if cell.method.startswith('tune') else task
     if recipe.method == 'prune-lora' and recipe.warm_up:
         arch = warmed(task, recipe, cache)
         rest = replace(recipe, epochs=recipe.epochs * (1 - recipe.warm_up), warm_up=0)
@@ -144,7 +150,7 @@ def main(
     if not data_dir and not dry_run:
         raise SystemExit('prune_lora.py: give --data_dir, a folder with <task>/train.parquet and validation.parquet')
     names = tasks.split(',')
-    cells = tuning_grid(names) if stage == 'tune' else grid(names, range(seeds))
+    cells = tuning_grid() if stage == 'tune' else grid(names, range(seeds))
     if dry_run:
         missing = missing_cells(cells, FOLDER)
         print(f'{len(cells) - len(missing)} of {len(cells)} cells are done; missing:', *(c.name for c in missing), sep='\n')

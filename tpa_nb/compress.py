@@ -308,7 +308,8 @@ def _train_all(model, task, chosen, work, progress):
     for i, (title, recipe) in enumerate(chosen.items(), 1):
         folder = work / _fingerprint(model, task, recipe)
         found = _load_variant(title, folder)
-        _say(progress, f'{i}/{len(chosen)} {title}: ' + ('done in an earlier run' if found else _DOING.get(recipe.method, 'training')))
+        doing = 'done in an earlier run' if found else _DOING.get(recipe.method, 'training')
+        _say(progress, f'{i}/{len(chosen)} {title}: {doing}')
         if found is None:
             folder.mkdir(parents=True, exist_ok=True)
             found = _train_variant(title, recipe, _fresh(model, task, recipe.seed), task, folder, progress)
@@ -562,7 +563,8 @@ def _plan(arch, task, chosen, per_step, output_dir):
     lines, total = [f'{arch!r}', f'{task!r}', ''], 0
     for title, r in chosen.items():
         steps = math.ceil(math.ceil(len(task.train) / r.batch_size) * r.epochs)
-        rows = len(task.validation) / 2 + (min(r.calibration, len(task.train)) if r.method in ('prune', 'prune-lora') else 0)
+        rows = len(task.validation) / 2
+        rows += min(r.calibration, len(task.train)) if r.method in ('prune', 'prune-lora') else 0
         steps = 0 if r.method in UNTRAINED else steps
         seconds = per_step.get(r.method, per_step['lora']) * (steps + rows / r.batch_size)
         lines.append(f'train {title}: {steps} steps, {seconds:.0f} s' if steps else f'{title}: {seconds:.0f} s')

@@ -145,7 +145,8 @@ def _predict(arch, task, examples, batch_size):
     "What the Trainer predicts, rows in the order of the examples; modes are put back"
     modes = [(m, m.training) for m in arch.model.modules()]
     rows = examples or task.examples('validation')
-    trainer = make_trainer(arch, task, rows, per_device_eval_batch_size=batch_size)
+    trainer = make_trainer(arch, task, rows, per_device_eval_batch_size=batch_size,
+                           train_sampling_strategy='sequential')  # 'group_by_length' would shuffle rows here too
     data = _encoded(rows, arch)
     order = torch.tensor(data['length'][:]).argsort(stable=True)  # short to long, so that batches need little padding
     found = trainer.predict(data.select(order.tolist()))
