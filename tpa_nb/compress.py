@@ -30,7 +30,7 @@ from .profile import Profile, compare, profile_models, provenance
 from .prune import prune_iteratively, select_heads
 from .report import Section, definitions_html, figure_html, plot_curves, plot_structure, plot_tradeoff
 from .report import render_report, steps_html, table_html, write_report
-from .save import load_model, save_model
+from .save import load_model, open_model, save_model
 from .tasks import Task, load_task
 from .train import evaluate_model, finetune, warm_up
 
@@ -293,13 +293,8 @@ def _fingerprint(model, task, recipe):
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 def _fresh(model, task, seed):
-    "A model of its own to work on; a folder of `save_model` is taken as it is, adapters merged"
-    if isinstance(model, Arch):
-        return model.clone()
-    if not (Path(model) / 'tpa.json').exists():
-        return Arch.from_pretrained(model, task, seed)
-    arch = load_model(model)
-    task.check_model(arch.base.config)
+    "A model of its own to work on; adapters that it came with are merged"
+    arch = model.clone() if isinstance(model, Arch) else open_model(model, task, seed)
     return merge_lora(arch) if arch.is_adapted else arch
 
 def _train_all(model, task, chosen, work, progress):

@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pandas as pd
@@ -82,9 +83,15 @@ def _shard(cells, shard):
     return cells[i - 1::n]
 
 def _start_worker(threads):
-    "Set the number of threads of a worker"
-    if threads:
-        torch.set_num_threads(threads)
+    "Set the number of threads of a worker; it ends with the process that started it, however that ends"
+    torch.set_num_threads(threads)
+    Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+
+def _follow(parent):
+    "Leave as soon as `parent` is gone: nobody would read what this process finds"
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
 
 def _run_cell(run, cell, folder):
     "Carry out a cell and write its file; what comes back is its result, or the error's text"
