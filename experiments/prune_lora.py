@@ -129,6 +129,7 @@ def run(cell, data_dir, cache):
     outcome = recipe_methods[rest.method](arch, task, rest, False)
     steps = sum(h.get('steps', 0) for h in outcome.arch.history)
     return {**answers(outcome.arch, task), 'recipe': asdict(recipe), 'steps': steps, 'stability': outcome.stability,
+            'importance': None if outcome.importance is None else outcome.importance.nan_to_num(-1).tolist(),
             'kept': [a.n_heads for a in outcome.arch.attns], 'params': count_params(outcome.arch)['params'],
             'flops': count_flops(outcome.arch), 'rows': {'train': len(task.train), 'validation': len(task.validation)},
             'partial': task.partial, 'loss': [row['loss'] for h in outcome.arch.history for row in h.get('log', [])]}

@@ -9,6 +9,7 @@ import pytest
 SETTINGS = """[DEFAULT]
 user = someone
 repo = tpa_nb
+lib_name = tpa_nb
 branch = main
 git_url = https://github.com/%(user)s/%(repo)s
 """
@@ -90,6 +91,23 @@ def second_notebook(house, name='01_other.ipynb', **replaced):
     house.extra[name] = nb
     house.listed.append(name)
     (house.root/'tpa_nb').mkdir(exist_ok=True)
+
+
+COLAB = 'https://colab.research.google.com/github/someone/tpa_nb/blob/main/nbs'
+INSTALL = '!test -e /content && pip install -q "tpa_nb[demo] @ git+https://github.com/someone/tpa_nb"'
+
+
+def badge(path, address=COLAB):
+    "A Colab badge for the notebook at `path` below nbs"
+    return f'<a href="{address}/{path}"><img src="https://example.org/badge.svg" alt="Open in Colab"></a>'
+
+
+def tutorial(house, badge=badge('tutorials/first.ipynb'), install=INSTALL, flags='#| hide\n#| eval: false\n'):
+    "Add a tutorial, sound unless something is given"
+    cells = [md('t', '# first\n\n> Blurb'), md('b', f'{badge}\n\nWords.'), code('i', flags + install), code('c', '1 + 1')]
+    house.extra['tutorials/first.ipynb'] = dict(house.nb, cells=cells)
+    house.listed.append('tutorials/first.ipynb')
+    return cells
 
 
 BREAKS = {}
@@ -324,8 +342,51 @@ def listed_twice(h): h.listed.append('00_thing.ipynb')
 
 
 @breaks('addresses')
-def other_owner(h):
-    h['intro']['source'] += ' https://colab.research.google.com/github/other/tpa_nb/blob/main/nbs/00_thing.ipynb'
+def other_owner(h): tutorial(h, badge('tutorials/first.ipynb', COLAB.replace('someone', 'other')))
+
+
+@breaks('addresses')
+def other_branch(h): tutorial(h, badge('tutorials/first.ipynb', COLAB.replace('main', 'dev')))
+
+
+@breaks('addresses')
+def other_notebook(h): tutorial(h, badge('tutorials/second.ipynb'))
+
+
+@breaks('addresses', 'colab')
+def install_from_elsewhere(h): tutorial(h, install=INSTALL.replace('someone', 'other'))
+
+
+@breaks('colab')
+def tutorial_without_badge(h): tutorial(h, badge='')
+
+
+@breaks('colab')
+def badge_as_markdown(h): tutorial(h, f'[![Open in Colab](badge.svg)]({COLAB}/tutorials/first.ipynb)')
+
+
+@breaks('colab')
+def badge_without_words(h): tutorial(h, badge('tutorials/first.ipynb').replace('alt="Open in Colab"', ''))
+
+
+@breaks('colab')
+def badge_twice(h): tutorial(h)[3]['source'] = f'# {COLAB}/tutorials/first.ipynb'
+
+
+@breaks('colab')
+def badge_without_install(h): h['intro']['source'] += badge('00_thing.ipynb')
+
+
+@breaks('colab')
+def install_without_demo(h): tutorial(h, install=INSTALL.replace('[demo]', ''))
+
+
+@breaks('colab')
+def install_everywhere(h): tutorial(h, install=INSTALL.replace('!test -e /content && ', '!'))
+
+
+@breaks('colab')
+def install_shown(h): tutorial(h, flags='#| eval: false\n')
 
 
 @breaks('addresses')
@@ -334,6 +395,11 @@ def other_install(h):
 
 
 def test_sound_notebook_passes(house): assert [str(f) for f in house.write()] == []
+
+
+def test_sound_tutorial_passes(house):
+    tutorial(house)
+    assert [str(f) for f in house.write()] == []
 
 
 def test_each_rule_has_a_breaking_case():

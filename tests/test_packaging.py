@@ -14,7 +14,7 @@ import make_readme
 import pytest
 import set_address
 from packaging.requirements import Requirement
-from test_check_nbs import House, code, md, shown, stream
+from test_check_nbs import House, badge, code, md, shown, stream
 
 ROOT = Path(__file__).resolve().parents[1]
 CFG = make_readme.settings(ROOT)
@@ -154,13 +154,15 @@ def test_readme_rendering(tmp_path):
 
 def test_a_new_address_is_written_everywhere(tmp_path):
     house = House(tmp_path)
-    old = 'https://colab.research.google.com/github/old/old/blob/main/nbs/00_thing.ipynb'
-    house['intro']['source'] += f' [![](x)]({old})'
-    house.insert('tail', code('pip', '#| eval: false\n%pip install -q "git+https://github.com/old/old"\n'))
+    old = badge('00_gone.ipynb', 'https://colab.research.google.com/github/old/old/blob/dev/nbs')
+    house['intro']['source'] = f'{old}\n\nWords.'
+    install = '!test -e /content && pip install -q "tpa_nb[demo] @ git+https://github.com/old/old"'
+    house.insert('exp', code('pip', f'#| hide\n#| eval: false\n{install}'))
+    house.cells.insert(1, house.cells.pop(house.cells.index(house['intro'])))
     index = dict(house.nb, cells=[md('t', '# tpa_nb\n\n> Blurb')])
     house.extra['index.ipynb'] = index
     house.listed.append('index.ipynb')
-    assert [f.rule for f in house.write()] == ['addresses', 'addresses']
+    assert [f.rule for f in house.write()] == ['addresses', 'addresses', 'colab']
     (tmp_path/'settings.ini').write_text((ROOT/'settings.ini').read_text().replace('user = ', 'user = new'))
     set_address.main(tmp_path)
     assert [str(f) for f in check_nbs.check(tmp_path)] == []

@@ -37,6 +37,7 @@ NOT_SHIPPED = re.compile(r'\bNotImplementedError\b|\bplaceholder\b|\bexcept\s*:|
 DEBRIS = re.compile(r'\r|\d+%\||[█▏▎▍▌▋▊▉]|\b\w*Warning: | at 0x[0-9a-f]{6,}')
 MODULE_DUMP = re.compile(r'^\s+\(\w+\): \w+\(', re.M)
 COLAB = re.compile(r'https://colab\.research\.google\.com/github/[^\s)"\'>]+')
+BADGE = re.compile(r'<a href="https://colab\.research\.google\.com/github/[^"]+"><img [^>]*\balt="[^"]+"></a>')
 GIT_INSTALL = re.compile(r'git\+(https://[^\s"\'@#]+)')
 NAME = re.compile(r'(\d\d)_[a-z][a-z0-9_]*')
 
@@ -518,6 +519,23 @@ def addresses(repo: Repo):
             wrong = [u for u in COLAB.findall(c.source) if u != colab]
             wrong += [u for u in GIT_INSTALL.findall(c.source) if u != s['git_url'] and u != f"{s['git_url']}.git"]
             if wrong: yield nb.label, c.id, f'{wrong[0]} is not the address in settings.ini'
+
+
+@repo_rule
+def colab(repo: Repo):
+    "A tutorial opens with a Colab badge, and a badge comes with one hidden cell that installs the package, in Colab only"
+    s = repo.settings
+    line = f'!test -e /content && pip install -q "{s["lib_name"]}[demo] @ git+{s["git_url"]}"'
+    for nb in repo.notebooks:
+        badges = [c for c in nb.cells if COLAB.search(c.source)]
+        if not badges:
+            if nb.path.parent.name == 'tutorials': yield nb.label, '', 'a tutorial has a Colab badge in its second cell'
+            continue
+        if badges != [nb.cells[1]] or not BADGE.search(badges[0].source):
+            yield nb.label, badges[0].id, 'the badge stands once, in the second cell: <a href="..."><img ... alt="..."></a>'
+        first = nb.code[0] if nb.code else badges[0]
+        if not {'hide', 'eval'} <= set(first.flags) or line not in first.source.splitlines():
+            yield nb.label, first.id, f'the first code cell must be hidden, with `eval: false` and the line {line}'
 
 
 # The report

@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 from fastcore.script import call_parse, store_true
@@ -53,21 +54,27 @@ def _words(text):
 def _method(method, no_train):
     "The recipe's method"
     if no_train and method not in ('prune-lora', 'prune'):
-        raise ValueError(f"`no_train` prunes a model that was fine-tuned before and trains nothing; `method` {method!r} "
-                         "trains, give one of the two")
+        raise ValueError(f"`no_train` prunes a model that was fine-tuned before and trains nothing; `method` "
+                         f"{method!r} trains, give one of the two")
     return 'prune' if no_train else method
 
-def _task(task, data_dir, partial, train_file, validation_file, text_columns, label_column, max_length):
-    "The task that the arguments name"
+def _recipe(given):
+    "The recipe that a command's arguments ask for"
+    from tpa_nb.compress import Recipe
+    named = {f.name: given[f.name] for f in fields(Recipe) if f.name in given}
+    return Recipe(**{**named, 'method': _method(given['method'], given['no_train'])})
+
+def _task(task, given):
+    "The task that a command's arguments name"
     from tpa_nb.tasks import Task, load_task
-    if train_file:
-        found = Task.from_files(train_file, validation_file or None, text_columns=_words(text_columns) or None,
-                                label_column=label_column)
-    elif validation_file:
-        raise ValueError(f"`validation_file` {validation_file!r} needs a `train_file` beside it")
+    if given['train_file']:
+        found = Task.from_files(given['train_file'], given['validation_file'] or None,
+                                text_columns=_words(given['text_columns']) or None, label_column=given['label_column'])
+    elif given['validation_file']:
+        raise ValueError(f"`validation_file` {given['validation_file']!r} needs a `train_file` beside it")
     else:
-        found = load_task(task, data_dir=data_dir or None, partial=partial)
-    return found.with_max_length(max_length) if max_length else found
+        found = load_task(task, data_dir=given['data_dir'] or None, partial=given['partial'])
+    return found.with_max_length(given['max_length']) if given['max_length'] else found
 
 # %% ../nbs/41_cli.ipynb #75fb2b61
 def _run(model, task, recipe, output_dir, rivals, repeats, dry_run):
@@ -116,19 +123,15 @@ def tpa_compress(
     full_lr: float = None,          # Learning rate of full fine-tuning (1e-4 or 5e-5, by width)
     seed: int = 0,                  # Seed of everything random
     mixed_precision: str = 'auto',  # 'auto' (bf16 where a GPU has it), 'no', 'bf16' or 'fp16'
-    rivals: str = '',               # Rows beside it: some of full,lora,paper,random,unpruned, or none; '' fits the method
+    rivals: str = '',               # Beside it: full,lora,paper,random,unpruned or none; by default what fits
     repeats: int = 10,              # Timed passes of each model
     dry_run: store_true = False,    # Say what would be done and how long it would take; write nothing
 ):
     "Prune, adapt, train, measure and save a model; leaves a folder with the model, figures and an HTML report"
+    given = locals()
     with one_line_errors('tpa_compress'):
-        from tpa_nb.compress import Recipe
-        recipe = Recipe(method=_method(method, no_train), keep=keep, pruning_ratio=pruning_ratio, min_heads=min_heads,
-                        round_to=round_to, iterative_steps=iterative_steps, max_drop=max_drop, warm_up=warm_up,
-                        calibration=calibration, ranks=ranks, r=r, r_high=r_high, r_low=r_low, epochs=epochs,
-                        batch_size=batch_size, lr=lr, full_lr=full_lr, mixed_precision=mixed_precision, seed=seed)
-        data = _task(task, data_dir, partial, train_file, validation_file, text_columns, label_column, max_length)
-        _run(model, data, recipe, output_dir, _words(rivals) if rivals else None, repeats, dry_run)
+        beside = _words(rivals) if rivals else None
+        _run(model, _task(task, given), _recipe(given), output_dir, beside, repeats, dry_run)
 
 # %% ../nbs/41_cli.ipynb #7e60e81d
 def _scores(model, task, warm_up_epochs, calibration, normalize, seed):
@@ -192,17 +195,17 @@ def tpa_importance(
     text_columns: str = '',            # Its text column, or two with a comma
     label_column: str = 'label',       # Its label column
     max_length: int = 0,               # Tokens at which texts are cut; the task's own if 0
-    warm_up: float = None,             # Passes of LoRA before measuring; by default 1 if the checkpoint has no head, else 0
+    warm_up: float = None,             # Passes of LoRA before measuring; by default 1 if the head is new, else 0
     calibration: int = 512,            # Training examples on which importance is measured
     normalize: str = 'layer',          # Scores: L2 norm per 'layer', over the 'model', or 'none'
     seed: int = 0,                     # Seed of everything random
     output_dir: str = 'tpa_importance',  # Folder for <task>.json and the heat map
 ):
     "Measure which heads a task needs; writes scores, ranking and heat map, and prints the ends of the ranking"
+    given = locals()
     with one_line_errors('tpa_importance'):
         asked = dict(model=str(model), warm_up=warm_up, calibration=calibration, normalize=normalize, seed=seed)
-        tasks = [_task(t, data_dir, partial, train_file, validation_file, text_columns, label_column, max_length)
-                 for t in (_words(task) or ('',))]
+        tasks = [_task(t, given) for t in _words(task) or ('none',)]
         folder, found = Path(output_dir), {}
         folder.mkdir(parents=True, exist_ok=True)
         for t in tasks:

@@ -164,9 +164,10 @@ def prune_iteratively(
         imp = measure(arch)
         goals = goals or _shares(imp, keep, pruning_ratio, iterative_steps, scope, min_heads, round_to)
         first = score(arch) if score and first is None else first
+        selection = select_heads(imp, goals[i], None, scope, min_heads, round_to)
         before = arch.clone() if score else None
-        prune_heads(arch, select_heads(imp, goals[i], None, scope, min_heads, round_to))
-        if score and _fell(arch, before, score(arch), first, max_drop):
+        prune_heads(arch, selection)
+        if score and selection and _fell(arch, before, score(arch), first, max_drop):
             break
     return arch
 
