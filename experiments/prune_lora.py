@@ -25,7 +25,7 @@ from tpa_nb.tasks import load_task
 from tpa_nb.train import predict, warm_up
 
 FOLDER = Path(__file__).parent / 'results' / 'prune_lora'
-EPOCHS = {'rte': 6, 'mrpc': 5, 'cola': 5, 'wnli': 6, 'sst2': 1, 'mnli': 1}  # passes over the training rows, for all methods
+EPOCHS = {'rte': 6, 'mrpc': 5, 'cola': 5, 'wnli': 6, 'sst2': 1, 'mnli': 1}  # passes over the training rows, all methods
 RATES = {'tune-lora': (1e-3, 5e-4, 2e-3), 'tune-full': (1e-4, 2e-4)}
 TUNED = ('mrpc', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
 KEEP = (36, 24, 50)
@@ -83,7 +83,8 @@ def recipe_of(cell):
     common = dict(epochs=EPOCHS[cell.task], seed=cell.seed, mixed_precision='bf16')
     if way == 'full':
         return Recipe(method='full', full_lr=lr or best_rate('full'), **common)
-    common.update(lr=lr or best_rate('lora'), train=('norm', 'head', 'pooler') if asked.get('pooler', 1) else ('norm', 'head'))
+    common['lr'] = lr or best_rate('lora')
+    common['train'] = ('norm', 'head', 'pooler') if asked.get('pooler', 1) else ('norm', 'head')
     if way == 'lora':
         return Recipe(method='lora', **common)
     return Recipe(warm_up=0 if way.endswith('cold') else WARM_UP, keep=asked['keep'],
@@ -95,8 +96,9 @@ def warmed(task, recipe, cache):
     key = f'{task.name}-{recipe.seed}-{recipe.lr:g}-{recipe.epochs:g}-{recipe.warm_up:g}-{recipe.r}'
     folder = Path(cache) / key
     if not (folder / 'tpa.json').exists():
-        arch = warm_up(Arch.from_pretrained('minilm', task, recipe.seed), task, recipe.epochs * recipe.warm_up, recipe.r,
-                       recipe.lr, recipe.batch_size, recipe.seed, recipe.train, mixed_precision=recipe.mixed_precision)
+        arch = Arch.from_pretrained('minilm', task, recipe.seed)
+        warm_up(arch, task, recipe.epochs * recipe.warm_up, recipe.r, recipe.lr, recipe.batch_size, recipe.seed,
+                recipe.train, mixed_precision=recipe.mixed_precision)
         save_model(arch, folder, overwrite=True)
     return load_model(folder)
 
@@ -154,7 +156,8 @@ def main(
     cells = tuning_grid() if stage == 'tune' else grid(names, range(seeds))
     if dry_run:
         missing = missing_cells(cells, FOLDER)
-        print(f'{len(cells) - len(missing)} of {len(cells)} cells are done; missing:', *(c.name for c in missing), sep='\n')
+        print(f'{len(cells) - len(missing)} of {len(cells)} cells are done; missing:')
+        print(*(c.name for c in missing), sep='\n')
         return
     with tempfile.TemporaryDirectory() as tmp:
         errors = run_cells(cells, partial(run, data_dir=data_dir, cache=cache_dir or tmp), FOLDER, shard, minutes, jobs)

@@ -406,6 +406,7 @@ def from_pretrained(
     name: str,       # Hub name, folder, or 'minilm' for the embedded default
     task: object = None,  # The `Task` whose labels the head gets; without one, the checkpoint's own
     seed: int = 0,   # Seed of a head that the checkpoint lacks
+    device: str | torch.device | None = None,  # Where to put the model; the CPU if not given
     **kwargs,        # Passed to `transformers`, e.g. `dtype` or `attn_implementation`
 ) -> Arch:           # Model in evaluation mode, with its tokenizer
     "Load the sequence classifier `name` for `task`"
@@ -417,7 +418,7 @@ def from_pretrained(
             task.check_model(config)
         kwargs = {**task.model_kwargs, **kwargs}
     model, new = _load_quietly(path, family, seed, kwargs)
-    arch = cls(model.eval(), _read(path, AutoTokenizer.from_pretrained), family)
+    arch = cls(model.eval().to(device or 'cpu'), _read(path, AutoTokenizer.from_pretrained), family)
     arch.new_weights = new
     return arch
 

@@ -80,6 +80,7 @@ def _task(task, given):
 def _run(model, task, recipe, output_dir, rivals, repeats, dry_run):
     "Compress, or say what would be done"
     from tpa_nb.compress import compress, plan_compress
+    rivals = _words(rivals) if rivals else None
     if dry_run:
         print(plan_compress(model, task, recipe, output_dir, rivals))
         return
@@ -130,8 +131,7 @@ def tpa_compress(
     "Prune, adapt, train, measure and save a model; leaves a folder with the model, figures and an HTML report"
     given = locals()
     with one_line_errors('tpa_compress'):
-        beside = _words(rivals) if rivals else None
-        _run(model, _task(task, given), _recipe(given), output_dir, beside, repeats, dry_run)
+        _run(model, _task(task, given), _recipe(given), output_dir, rivals, repeats, dry_run)
 
 # %% ../nbs/41_cli.ipynb #7e60e81d
 def _scores(model, task, warm_up_epochs, calibration, normalize, seed):

@@ -321,7 +321,9 @@ def _say(progress, text):
 
 # %% ../nbs/40_compress.ipynb #f501ec88
 def _profiles(done, task, repeats):
-    "A profile of each variant, with score, trainable parameters and file size"
+    "A profile of each variant, all on one device, with score, trainable parameters and file size"
+    for t in done:
+        t.arch.model.to(done[-1].arch.device)
     found = profile_models({t.title: t.arch for t in done}, task, repeats=repeats)
     return {t.title: replace(found[t.title], trainable=t.trainable, file_mb=t.file_mb, score_name=task.main_metric,
                              score=t.scores[task.main_metric]) for t in done}

@@ -7,6 +7,7 @@ __all__ = ['top_block_ranks', 'budget_ranks', 'rank_pattern', 'lora_config', 'ad
 
 # %% ../nbs/05_lora.ipynb #0da8359d
 import re
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -160,7 +161,8 @@ def add_lora(
         raise ValueError("`arch` carries an adapter already; call `merge_lora` first")
     ranks = _choose_ranks(arch, imp, r, r_high, r_low, top_blocks, budget, targets)
     config = lora_config(arch, ranks, lora_alpha, lora_dropout, targets, train)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*is_gradient_checkpointing', FutureWarning)  # PEFT asks by its old name
         torch.manual_seed(seed)
         arch.model = get_peft_model(arch.model, config)
     arch.history.append({'verb': 'add_lora', 'ranks': ranks, 'lora_alpha': lora_alpha, 'targets': list(targets),

@@ -737,6 +737,8 @@ _not_text = {'id', 'idx', 'index', 'guid', 'uid', 'uuid', 'source', 'split', 'ge
 
 def _infer_text(table, label_column):
     "The text columns of `table`, if there is no doubt"
+    if label_column not in table.column_names:
+        raise ValueError(f"`label_column` {label_column!r} is no column; the columns are {table.column_names}")
     found = [name for name in table.column_names if name != label_column and name.lower() not in _not_text
              and _is_text(table.column(name))]
     if len(found) in (1, 2): return tuple(found)
@@ -786,6 +788,8 @@ def from_files(
         picked = _holdout(rows['train']['label'], holdout, seed, names is not None)
         rows = {split: rows['train'].select(index) for split, index in zip(('train', 'validation'), picked)}
     if metric is None: metric = Correlation() if names is None else Accuracy()
+    if main_metric is None and not hasattr(metric, 'scores'):
+        raise ValueError(f"`main_metric` must name the score of {type(metric).__name__} that counts")
     source = ' and '.join(Path(path).name for path in paths.values())
     held = '' if validation is not None else f', {holdout:.0%} held out with seed {seed}'
     return cls(name or Path(train).stem, rows['train'], rows['validation'], columns, names, metric,

@@ -68,7 +68,8 @@ def _precision(mixed_precision):
     if mixed_precision not in ('auto', 'no', 'bf16', 'fp16'):
         raise ValueError(f"`mixed_precision` must be 'auto', 'no', 'bf16' or 'fp16', got {mixed_precision!r}")
     if mixed_precision == 'auto':
-        mixed_precision = 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'no'
+        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        mixed_precision = 'bf16' if native else 'no'
     return {'bf16': mixed_precision == 'bf16', 'fp16': mixed_precision == 'fp16',
             'use_cpu': not torch.accelerator.is_available()}
 
