@@ -178,7 +178,7 @@ def _draw_importance(found, folder):
 def _say_importance(name, f):
     "The ends of the ranking, on three lines"
     show = lambda heads: ' '.join(f'{row}.{head}' for row, head in heads)
-    print(f"{name}: {f['task']['main_metric']} {f['score'][f['task']['main_metric']]:.3f} (commonest label "
+    print(f"{name}: {f['task']['main_metric']} {f['score'][f['task']['main_metric']]:.3f} (constant answer "
           f"{f['majority']:.3f}); two halves of the calibration rows agree at {f['stability']:.2f}\n"
           f"  most important (block.head)   {show(f['ranking'][:8])}\n"
           f"  least important               {show(f['ranking'][:-9:-1])}", flush=True)

@@ -364,8 +364,10 @@ def _figures(done, profiles, task):
 
 _CAPTIONS = {
     'tradeoff': 'Score against the measured time of a forward pass. Up and to the left is better; the dashed line is '
-                'what always answering the commonest label scores.',
+                'what the best constant answer scores.',
     'importance': 'How strongly the loss reacts to each head. Bright heads were kept first; rows are blocks.',
+    'shares': 'Score on held-out training rows after each share of heads that went. Where it stops, the next share '
+              'would have cost more than was allowed.',
     'structure': 'Heads left in each attention, and the rank of its adapters before they were merged.',
     'curves': 'Training loss by step. A curve with a jump has been pruned there.'}
 
@@ -375,7 +377,7 @@ def _sections(model, task, recipe, table, done, figures, notes):
     asked = {'model': model, 'task': task.name, 'source': task.source, 'training rows': f'{len(task.train):,}',
              'validation rows': f'{len(task.validation):,}', **asdict(recipe)}
     shown = {k: figure_html(f, _CAPTIONS[k], _CAPTIONS[k].split('.')[0]) for k, f in figures.items()}
-    caption = (f'{task.main_metric} on {len(task.validation):,} validation rows; always answering the commonest label '
+    caption = (f'{task.main_metric} on {len(task.validation):,} validation rows; the best constant answer '
                f'scores {task.majority:.3f}. {table.attrs.get("measured", "")}')
     return [Section('Result', table_html(table, caption) + notes + shown['tradeoff']),
             Section('What was asked', definitions_html(asked)),
@@ -386,13 +388,17 @@ def _sections(model, task, recipe, table, done, figures, notes):
 
 def _notes(done, task):
     "Sentences under the table, as HTML"
-    lines = [f'{n} did not learn: its score is that of the commonest label.'
+    lines = [f'{n} did not learn: its score is that of a constant answer.'
              for n in _collapsed({t.title: t.scores[task.main_metric] for t in done}, task.majority)]
     if task.partial:
         lines.append('The training set is an unofficial part of the real one; this is not a score of the benchmark.')
     if done[-1].stability is not None:
         lines.append(f'Rankings of heads from two halves of the calibration examples correlate at '
                      f'{done[-1].stability:.2f} (Spearman).')
+    cut = task.examples('train').truncated(done[-1].arch.tokenizer) if done[-1].arch.tokenizer else 0
+    if cut:
+        lines.append(f'{cut:,} of {len(task.train):,} training texts are longer than {task.max_length} tokens and were '
+                     'cut (`max_length`).')
     return ''.join(f'<p>{line}</p>' for line in lines)
 
 # %% ../nbs/40_compress.ipynb #fb76de0e
@@ -482,7 +488,10 @@ class Result:
     folder: Path | None            # Where model, figures and report are
 
     def __repr__(self):
-        return f'{self.table!r}\nalways answering the commonest label: {self.majority:.3f}'
+        return f'{self.table!r}\nthe best constant answer: {self.majority:.3f}'
+
+    def _repr_html_(self):
+        return f'{self.table.to_html()}<p>The best constant answer: {self.majority:.3f}</p>'
 
 # %% ../nbs/40_compress.ipynb #245ce62c
 def compress(

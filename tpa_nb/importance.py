@@ -246,6 +246,6 @@ def plot_importance(
     fig, axes = plt.subplots(1, len(maps), figsize=size, squeeze=False, layout='constrained')
     images = [_draw(ax, m, name, low, high) for ax, (name, m) in zip(axes[0], maps.items())]
     axes[0, 0].set_ylabel('block')
-    fig.colorbar(images[0], ax=list(axes[0]), label='importance')
+    fig.colorbar(images[-1], cax=axes[0, -1].inset_axes([1.06, 0, 0.06, 1]), label='importance')  # as tall as the map
     plt.close(fig)
     return fig

@@ -211,7 +211,7 @@ def plot_tradeoff(
                ylim=(min(levels) - room, max(levels) + room))
         if majority is not None:
             ax.axhline(majority, color='black', alpha=0.6, linestyle='--', linewidth=0.9)
-            ax.annotate('commonest answer', (0, majority), (4, 3), textcoords='offset points', fontsize=8)
+            ax.annotate('constant answer', (0, majority), (4, 3), textcoords='offset points', fontsize=8)
         for r, point in zip(rows, points):
             ax.scatter(*point, s=25 + 75 * r['params'] / most, color=looks[r['name']]['color'],
                        marker=looks[r['name']]['marker'], zorder=3)
@@ -388,7 +388,8 @@ def _prune(e) -> str:
     where = '; '.join(f"attention {row}: {' '.join(map(str, removed[row]))}" for row in sorted(removed))
     left = f", {sum(e['kept']):,} are left" if 'kept' in e else ''
     total = f"{_count(sum(map(len, removed.values())), 'head')} in {_count(len(removed), 'attention')}"
-    return f"Removed {total if removed else 'heads'}{left}{f' ({where})' if where else ''}."
+    score = f"; score on held-out training rows {e['score']:.3f}, {e['unpruned']:.3f} before" if 'score' in e else ''
+    return f"Removed {total if removed else 'heads'}{left}{f' ({where})' if where else ''}{score}."
 
 def _add_lora(e) -> str:
     ranks = e.get('ranks', [e['r']] if 'r' in e else [])
@@ -403,7 +404,13 @@ def _unknown(e) -> str:
     values = [f'{k.replace("_", " ")} {v}' for k, v in e.items() if k not in ('verb', 'log')]
     return f"{e['verb'].replace('_', ' ').capitalize()}{': ' if values else ''}{', '.join(values)}."
 
-_SAY = {'warm_up': _warm_up, 'prune_heads': _prune, 'add_lora': _add_lora, 'finetune': _finetune,
+def _stop(e) -> str:
+    fell = (f" the score on held-out training rows fell from {e['unpruned']:.3f} to {e['score']:.3f}"
+            if 'score' in e else '')
+    most = f", more than {e['max_drop']:g}" if 'max_drop' in e else ''
+    return f"Stopped pruning and took the last share of heads back:{fell or ' the score fell'}{most}."
+
+_SAY = {'warm_up': _warm_up, 'prune_heads': _prune, 'stop_pruning': _stop, 'add_lora': _add_lora, 'finetune': _finetune,
         'merge_lora': lambda e: 'Merged the adapters into the weights: the model is a plain one again.'}
 
 # %% ../nbs/35_report.ipynb #48853d17
