@@ -60,6 +60,7 @@ class Family:
     stacks: tuple[Stack, ...]                         # Encoder first, then decoder
     head: tuple[str, ...] = ('classifier',)           # Task-head modules, relative to the model
     pooler: tuple[str, ...] = ()                      # Pooling modules, relative to the backbone
+    embed: tuple[str, ...] = ()                       # Maps between embeddings and layers, in the backbone
     tiny: dict = field(default_factory=dict)          # Config arguments of a tiny model for tests
 
 # %% ../nbs/00_arch.ipynb #6024acf4
@@ -338,8 +339,17 @@ def head_modules(self: Arch) -> list[str]:
 @patch(as_prop=True)
 def poolers(self: Arch) -> list[str]:
     "Names of the pooling modules between backbone and task head"
-    full = [_prefix(self.base, self.family) + n for n in self.family.pooler]
-    return [n for n in full if n in dict(self.base.named_modules())]
+    return _present(self, self.family.pooler)
+
+@patch(as_prop=True)
+def embed_modules(self: Arch) -> list[str]:
+    "Names of the linear maps between embeddings and layers, which every token passes"
+    return _present(self, self.family.embed)
+
+def _present(arch, names):
+    "Full names of those modules of the backbone that this model has"
+    full = [_prefix(arch.base, arch.family) + n for n in names]
+    return [n for n in full if n in dict(arch.base.named_modules())]
 
 # %% ../nbs/00_arch.ipynb #90a36225
 @patch

@@ -455,6 +455,7 @@ def product_costs(
     scores = _score_costs(arch, batch_size, seq_len)
     ends = [arch.base.get_submodule(name) for name in arch.poolers + arch.head_modules]
     moved = sum(b for _, b in costs.values()) + scores[1] + sum(_product_bytes(end, batch_size) for end in ends)
+    moved += sum(_product_bytes(arch.base.get_submodule(name), rows) for name in arch.embed_modules)
     costs = {'q, k, v': costs.pop('q, k, v'), 'scores': scores, **costs,
              'whole forward pass': (count_flops(arch, batch_size, seq_len), moved)}
     table = pd.DataFrame.from_dict(costs, orient='index', columns=['FLOPs', 'bytes'])

@@ -146,14 +146,16 @@ def flops_by_part(
     batch_size: int = 32,   # Sequences
     seq_len: int = 128,     # Tokens of each
 ) -> dict[str, int]:        # FLOPs by part; their sum is `count_flops`
-    "Count the FLOPs of a forward pass: attention projections, attention scores, FFN, pooler and head"
+    "Count the FLOPs of a forward pass: embedding projection, attention projections and scores, FFN, pooler and head"
     _check_arch(arch)
     _check_count('batch_size', batch_size)
     _check_count('seq_len', seq_len)
     projections, ffn = _layer_flops(arch, batch_size * seq_len)
     widths = sum(a.n_heads * a.head_dim for a in arch.attns)
     ends = [arch.base.get_submodule(name) for name in arch.poolers + arch.head_modules]
-    return {'attention projections': projections,
+    embed = [arch.base.get_submodule(name) for name in arch.embed_modules]  # ELECTRA's embeddings are narrower
+    return {'embedding projection': sum(_module_flops(part, batch_size * seq_len) for part in embed),
+            'attention projections': projections,
             'attention scores': 2 * 2 * batch_size * seq_len ** 2 * widths,  # QK' and the weighted sum
             'FFN': ffn,
             'pooler and head': sum(_module_flops(end, batch_size) for end in ends)}
