@@ -59,6 +59,7 @@ class Family:
     model_type: str                                   # `config.model_type` of its models
     stacks: tuple[Stack, ...]                         # Encoder first, then decoder
     head: tuple[str, ...] = ('classifier',)           # Task-head modules, relative to the model
+    head_on_tokens: bool = False                      # Does the head run on every token, not once a sequence?
     pooler: tuple[str, ...] = ()                      # Pooling modules, relative to the backbone
     embed: tuple[str, ...] = ()                       # Maps between embeddings and layers, in the backbone
     tiny: dict = field(default_factory=dict)          # Config arguments of a tiny model for tests

@@ -454,7 +454,8 @@ def product_costs(
         costs[name] = (sum(_module_flops(m, rows) for m, _ in sites), sum(_product_bytes(m, rows) for m, _ in sites))
     scores = _score_costs(arch, batch_size, seq_len)
     ends = [arch.base.get_submodule(name) for name in arch.poolers + arch.head_modules]
-    moved = sum(b for _, b in costs.values()) + scores[1] + sum(_product_bytes(end, batch_size) for end in ends)
+    once = rows if arch.family.head_on_tokens else batch_size
+    moved = sum(b for _, b in costs.values()) + scores[1] + sum(_product_bytes(end, once) for end in ends)
     moved += sum(_product_bytes(arch.base.get_submodule(name), rows) for name in arch.embed_modules)
     costs = {'q, k, v': costs.pop('q, k, v'), 'scores': scores, **costs,
              'whole forward pass': (count_flops(arch, batch_size, seq_len), moved)}

@@ -152,13 +152,14 @@ def flops_by_part(
     _check_count('seq_len', seq_len)
     projections, ffn = _layer_flops(arch, batch_size * seq_len)
     widths = sum(a.n_heads * a.head_dim for a in arch.attns)
+    rows = batch_size * (seq_len if arch.family.head_on_tokens else 1)
     ends = [arch.base.get_submodule(name) for name in arch.poolers + arch.head_modules]
     embed = [arch.base.get_submodule(name) for name in arch.embed_modules]  # ELECTRA's embeddings are narrower
     return {'embedding projection': sum(_module_flops(part, batch_size * seq_len) for part in embed),
             'attention projections': projections,
             'attention scores': 2 * 2 * batch_size * seq_len ** 2 * widths,  # QK' and the weighted sum
             'FFN': ffn,
-            'pooler and head': sum(_module_flops(end, batch_size) for end in ends)}
+            'pooler and head': sum(_module_flops(end, rows) for end in ends)}
 
 # %% ../nbs/07_profile.ipynb #5f5fbdcc
 def count_flops(
