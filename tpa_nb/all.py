@@ -7,8 +7,8 @@ from .prune import *
 from .lora import *
 from .train import *
 from .profile import *
-from .hardware import *
 from .save import *
+from .hardware import *
 from .report import *
 from .compress import *
 from .runner import *
