@@ -1,9 +1,11 @@
 """Prune-LoRA against tuned full fine-tuning, tuned LoRA and random heads, on real data.
 
     python experiments/prune_lora.py --data_dir DATA --stage tune --jobs 2
+    python experiments/prune_lora.py --data_dir DATA --stage explore --jobs 2
     python experiments/prune_lora.py --data_dir DATA --jobs 2 --minutes 60
 
-The first command tries learning rates on a slice of the training rows, the second runs the grid with the best ones.
+The first command tries learning rates on a slice of the training rows, the second procedures of pruning on the same
+slice, the third runs the grid with the best rates.
 Each cell leaves a file in experiments/results/prune_lora; what is there is not run again. `--shard i/n` divides the
 cells between machines, `--minutes` fits them into the time there is. nbs/results/prune_lora.ipynb draws what exists.
 """
@@ -41,13 +43,20 @@ def setting(**choices):
 def choices(cell):
     "The dict that `setting` wrote"
     pairs = [part.split('=') for part in cell.setting.split(',') if part]
-    return {k: float(v) if 'e' in v else int(v) for k, v in pairs}
+    return {k: v if v.isalpha() else float(v) if 'e' in v else int(v) for k, v in pairs}
 
 
 def tuning_grid():
     "Cells that try learning rates, and one without training the pooler"
     return [Cell(task, 'tune-lora', setting(lr=RATES['tune-lora'][0], pooler=0)) for task in TUNED] + [
         Cell(task, method, setting(lr=lr)) for method, rates in RATES.items() for lr, task in product(rates, TUNED)]
+
+
+def exploring_grid(seeds):
+    "Cells that try procedures, on slices of the training rows like the learning rates"
+    ways = [dict(), dict(normalize='none'), dict(criterion='random'), dict(iterative_steps=3), dict(min_heads=3)]
+    return [Cell(task, 'explore', setting(keep=keep, **way), seed)
+            for seed, keep, way, task in product(seeds, (24, 36), ways, TUNED)]
 
 
 def grid(tasks, seeds, cold=True):
@@ -87,6 +96,9 @@ def recipe_of(cell):
     common['train'] = ('norm', 'head', 'pooler') if asked.get('pooler', 1) else ('norm', 'head')
     if way == 'lora':
         return Recipe(method='lora', **common)
+    if way == 'explore':
+        norm = {'normalize': None} if asked.pop('normalize', '') == 'none' else {}
+        return Recipe(warm_up=WARM_UP, **asked, **norm, **common)
     return Recipe(warm_up=0 if way.endswith('cold') else WARM_UP, keep=asked['keep'],
                   criterion='random' if way.startswith('random') else 'importance', **common)
 
@@ -122,9 +134,10 @@ def run(cell, data_dir, cache):
     torch.manual_seed(cell.seed)
     task = load_task(cell.task, data_dir=data_dir, partial=True)
     recipe = recipe_of(cell)
-    task = slice_of(task) if cell.method.startswith('tune') else task
-    if recipe.method == 'prune-lora' and recipe.warm_up:
-        arch = warmed(task, recipe, cache)
+    part = cell.method == 'explore' or cell.method.startswith('tune')
+    task = slice_of(task) if part else task
+    if recipe.method == 'prune-lora' and recipe.warm_up and recipe.iterative_steps == 1:
+        arch = warmed(task, recipe, Path(cache) / ('part' if part else 'whole'))
         rest = replace(recipe, epochs=recipe.epochs * (1 - recipe.warm_up), warm_up=0)
     else:
         arch, rest = Arch.from_pretrained('minilm', task, recipe.seed), recipe
@@ -142,7 +155,7 @@ def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tasks: str = 'mrpc,rte,cola',        # Tasks, with commas
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'tune' (learning rates) or 'grid' (the comparison)
+    stage: str = 'grid',                 # 'tune' (learning rates), 'explore' (procedures) or 'grid' (the comparison)
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
@@ -153,7 +166,8 @@ def main(
     if not data_dir and not dry_run:
         raise SystemExit('prune_lora.py: give --data_dir, a folder with <task>/train.parquet and validation.parquet')
     names = tasks.split(',')
-    cells = tuning_grid() if stage == 'tune' else grid(names, range(seeds))
+    cells = {'tune': tuning_grid, 'explore': lambda: exploring_grid(range(seeds)),
+             'grid': lambda: grid(names, range(seeds))}[stage]()
     if dry_run:
         missing = missing_cells(cells, FOLDER)
         print(f'{len(cells) - len(missing)} of {len(cells)} cells are done; missing:')
