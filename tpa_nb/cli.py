@@ -240,7 +240,7 @@ def _say_profile(arch, profile, parts):
     total, mb = sum(parts['flops'].values()), lambda n: f'{n / 1e6:,.1f} MB'
     from tpa_nb.profile import compare
     print(f'{arch!r}\n\n{compare(model=profile)}\n')
-    print('FLOPs        ' + ', '.join(f'{name} {n / total:.0%}' for name, n in parts['flops'].items()))
+    print('FLOPs        ' + ', '.join(f'{name} {n / total:.0%}' for name, n in parts['flops'].items() if n))
     for step, use in parts['memory'].items():
         held = [('weights', use.weights), ('gradients', use.gradients), ('optimiser', use.optimiser),
                 ('activations', use.activations), ('peak', use.peak)]

@@ -93,19 +93,28 @@ class _Measure:
             return chance.where(~self.scores.isnan(), self.scores)
         return self.scores
 
-def _held_score(task, recipe):
+def _held_score(task, recipe, progress):
     "A function that scores a model on a slice of the training rows, if the recipe watches the score"
     if recipe.max_drop is None:
         return None
     rows = task.split(recipe.holdout, recipe.seed)[1]
-    return lambda arch: evaluate_model(arch, task, rows)[task.main_metric]
+    def score(arch):
+        found = evaluate_model(arch, task, rows)[task.main_metric]
+        _say(progress, f'    {sum(a.n_heads for a in arch.attns)} heads: {found:.3f} on {len(rows)} training rows')
+        return found
+    return score
+
+def _say(progress, text):
+    "Print a line of progress"
+    if progress:
+        print(text, flush=True)
 
 def _prune(arch, task, recipe, progress):
     "Prune `arch` by the recipe; what was measured last comes back"
     measure = _Measure(task, recipe, progress)
     prune_iteratively(arch, measure, recipe.keep, recipe.pruning_ratio if recipe.keep is None else None,
                       recipe.iterative_steps, recipe.scope, recipe.min_heads, recipe.round_to,
-                      _held_score(task, recipe), recipe.max_drop)
+                      _held_score(task, recipe, progress), recipe.max_drop)
     return measure
 
 # %% ../nbs/40_compress.ipynb #70b92887
@@ -273,7 +282,8 @@ def _train_variant(title, recipe, arch, task, folder, progress):
     scores = evaluate_model(outcome.arch, task)
     save_model(outcome.arch, folder / 'model')
     size = sum(f.stat().st_size for f in (folder / 'model').glob('*.safetensors')) / 1e6
-    facts = dict(scores=scores, trainable=_n_trained(outcome.arch), file_mb=size,
+    trained = 0 if recipe.method in UNTRAINED else _n_trained(outcome.arch)
+    facts = dict(scores=scores, trainable=trained, file_mb=size,
                  seconds=round(time.perf_counter() - began, 1), importance=_as_lists(outcome.importance),
                  stability=outcome.stability)
     _write_json(folder / 'facts.json', facts)
@@ -313,11 +323,6 @@ def _train_all(model, task, chosen, work, progress):
     return done
 
 _DOING = {'prune': 'measuring and pruning', 'none': 'scoring'}
-
-def _say(progress, text):
-    "Print a line of progress"
-    if progress:
-        print(text, flush=True)
 
 # %% ../nbs/40_compress.ipynb #f501ec88
 def _profiles(done, task, repeats):
