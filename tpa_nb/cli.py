@@ -155,15 +155,14 @@ def _scores(model, task, warm_up_epochs, calibration, normalize, seed):
 # %% ../nbs/41_cli.ipynb #876e3668
 def _importance_file(path, asked, measure):
     "The content of `path`, measured unless it is there from the same question"
+    from tpa_nb.compress import _write_json
     if path.exists():
         found = json.loads(path.read_text())
         if found['asked'] != asked:
             raise ValueError(f"`output_dir` {str(path.parent)!r} holds {path.name} of another run; give another folder")
         return found
     found = {'asked': asked, **measure()}
-    part = path.with_suffix('.part')
-    part.write_text(json.dumps(found, indent=1))
-    os.replace(part, path)
+    _write_json(path, found)
     return found
 
 def _draw_importance(found, folder):
@@ -266,9 +265,10 @@ def tpa_profile(
         arch, profile, parts = _profile_of(model, found, batch_size, seq_len, repeats, training, dtype)
         _say_profile(arch, profile, parts)
         if output:
+            from tpa_nb.compress import _write_json
             from tpa_nb.profile import provenance
-            Path(output).write_text(json.dumps({
+            _write_json(Path(output), {
                 'model': str(model), 'profile': profile.as_dict(), 'flops': parts['flops'],
                 'memory': {k: v.as_dict() for k, v in parts['memory'].items()},
-                'operators': parts['operators'].to_dict('index'), 'provenance': dict(provenance())}, indent=1))
+                'operators': parts['operators'].to_dict('index'), 'provenance': dict(provenance())})
             print(f'numbers      {output}')

@@ -93,6 +93,7 @@ class _Measure:
             return chance.where(~self.scores.isnan(), self.scores)
         return self.scores
 
+# %% ../nbs/40_compress.ipynb #8d31fdce
 def _held_score(task, recipe, progress):
     "A function that scores a model on a slice of the training rows, if the recipe watches the score"
     if recipe.max_drop is None:

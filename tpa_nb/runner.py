@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 
 # %% ../nbs/42_runner.ipynb #c80f2f7a
+from .compress import _write_json
 from .profile import provenance
 
 # %% ../nbs/42_runner.ipynb #280a5c39
@@ -57,21 +58,12 @@ def missing_cells(
     "List what has not been run"
     return [c for c in cells if not _path(folder, c).exists()]
 
-def _write_atomic(path, value):
-    "Write JSON whole or not at all"
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        tmp.write_text(json.dumps(value, indent=1))
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
 # %% ../nbs/42_runner.ipynb #8c892563
 def read_cells(
     folder: str | Path,  # Where the files are
 ) -> list[dict]:         # 'task', 'method', 'setting', 'seed', 'result', 'seconds', 'provenance'
     "Read all cells of a folder, sorted by name"
-    return [json.loads(p.read_text()) for p in sorted(Path(folder).glob('*.json')) if not p.name.startswith('.')]
+    return [json.loads(p.read_text()) for p in sorted(Path(folder).glob('*.json'))]
 
 # %% ../nbs/42_runner.ipynb #73d6e0ba
 def _shard(cells, shard):
@@ -102,7 +94,7 @@ def _run_cell(run, cell, folder):
         return cell, None, traceback.format_exc()
     seconds = round(time.perf_counter() - began, 1)
     where = {**provenance(), 'threads': torch.get_num_threads()}
-    _write_atomic(_path(folder, cell), {**asdict(cell), 'result': result, 'seconds': seconds, 'provenance': where})
+    _write_json(_path(folder, cell), {**asdict(cell), 'result': result, 'seconds': seconds, 'provenance': where})
     return cell, result, seconds
 
 # %% ../nbs/42_runner.ipynb #6cba1a45
