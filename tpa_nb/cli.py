@@ -25,6 +25,7 @@ def _quiet():
     os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
     os.environ.setdefault('HF_DATASETS_DISABLE_PROGRESS_BARS', '1')
     logging.getLogger('transformers').setLevel(logging.ERROR)
+    logging.getLogger('DeepSpeed').addFilter(lambda r: 'Setting accelerator to CPU' not in r.getMessage())  # on stdout
     warnings.filterwarnings('ignore', category=UserWarning)
     warnings.filterwarnings('ignore', category=FutureWarning)
 
