@@ -274,7 +274,7 @@ def path_in_source(h): h['show']['source'] += "\nopen('/home/someone/x')"
 
 
 @breaks('absolute_paths')
-def path_in_output(h): h['show']['outputs'] = [stream('read /root/data/x.csv\n')]
+def path_in_output(h): h['show']['outputs'] = [stream('read /home/me/x.csv\n')]
 
 
 @breaks('stored_errors')

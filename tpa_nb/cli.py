@@ -137,6 +137,7 @@ def tpa_compress(
 # %% ../nbs/41_cli.ipynb #7e60e81d
 def _scores(model, task, warm_up_epochs, calibration, normalize, seed):
     "What `tpa_importance` writes of one task"
+    from tpa_nb.compress import _as_lists
     from tpa_nb.importance import head_derivatives, ranking_stability, score_heads
     from tpa_nb.profile import provenance
     from tpa_nb.save import open_model
@@ -148,7 +149,7 @@ def _scores(model, task, warm_up_epochs, calibration, normalize, seed):
     found = head_derivatives(arch, task.calibration(min(calibration, len(task.train)), seed))
     imp = score_heads(found, normalize)
     order = [divmod(i, imp.shape[1]) for i in imp.nan_to_num(-1).flatten().argsort(descending=True).tolist()]
-    return {'scores': [[None if x != x else x for x in row] for row in imp.tolist()],
+    return {'scores': _as_lists(imp),
             'ranking': [[row, head] for row, head in order if imp[row, head] == imp[row, head]],
             'stability': ranking_stability(found, normalize), 'warm_up': epochs, 'score': evaluate_model(arch, task),
             'majority': task.majority, 'task': task.provenance, 'provenance': dict(provenance())}
@@ -168,10 +169,9 @@ def _importance_file(path, asked, measure):
 
 def _draw_importance(found, folder):
     "Heat maps of all tasks side by side, as SVG and PNG"
-    import torch
+    from tpa_nb.compress import _as_tensor
     from tpa_nb.importance import plot_importance
-    tensor = lambda rows: torch.tensor([[float('nan') if x is None else x for x in row] for row in rows])
-    fig = plot_importance({name: tensor(f['scores']) for name, f in found.items()})
+    fig = plot_importance({name: _as_tensor(f['scores']) for name, f in found.items()})
     for kind in ('svg', 'png'):
         fig.savefig(folder / f'importance.{kind}', bbox_inches='tight', dpi=150)
 
@@ -210,7 +210,7 @@ def tpa_importance(
         folder.mkdir(parents=True, exist_ok=True)
         for t in tasks:
             norm = None if normalize == 'none' else normalize
-            found[t.name] = _importance_file(folder / f'{t.name}.json', {**asked, 'rows': len(t.train)},
+            found[t.name] = _importance_file(folder / f'{t.name}.json', {**asked, 'source': t.source},
                                              lambda: _scores(model, t, warm_up, calibration, norm, seed))
             _say_importance(t.name, found[t.name])
         _draw_importance(found, folder)

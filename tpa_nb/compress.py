@@ -220,7 +220,8 @@ def _check_recipe(recipe):
 # %% ../nbs/40_compress.ipynb #12e14552
 RIVALS = {'full': ('full fine-tuning', dict(method='full')),
           'lora': ('LoRA', dict(method='lora')),
-          'paper': ('Prune-LoRA (paper)', dict(method='prune-lora', warm_up=0, iterative_steps=1, ranks='top')),
+          'paper': ('Prune-LoRA (paper)', dict(method='prune-lora', warm_up=0, iterative_steps=1, max_drop=None,
+                                               ranks='top')),
           'random': ('random heads', dict(criterion='random')),
           'unpruned': ('unpruned', dict(method='none'))}
 _TITLES = {'prune-lora': 'Prune-LoRA (tpa_nb)', 'full': 'full fine-tuning', 'lora': 'LoRA', 'prune': 'pruned',
@@ -372,8 +373,6 @@ _CAPTIONS = {
     'tradeoff': 'Score against the measured time of a forward pass. Up and to the left is better; the dashed line is '
                 'what the best constant answer scores.',
     'importance': 'How strongly the loss reacts to each head. Bright heads were kept first; rows are blocks.',
-    'shares': 'Score on held-out training rows after each share of heads that went. Where it stops, the next share '
-              'would have cost more than was allowed.',
     'structure': 'Heads left in each attention, and the rank of its adapters before they were merged.',
     'curves': 'Training loss by step. A curve with a jump has been pruned there.'}
 
