@@ -11,17 +11,19 @@ import copy
 import hashlib
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 from torch import nn
-
-# %% ../nbs/00_arch.ipynb #1f096c34
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import AutoModelForTokenClassification, AutoTokenizer, Cache, PreTrainedModel
 from transformers import logging as hf_logging
+from transformers.pytorch_utils import Conv1D
 
 # %% ../nbs/00_arch.ipynb #01be219a
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class AttnNames:
     o: str                                     # Output projection; its input is the concatenation of the heads
     kind: str = 'self'                         # 'self' or 'cross'
     head_dim: str = 'head_dim'                 # Attribute of `module`: size of one head
-    sizes: tuple[tuple[str, str], ...] = ()    # (attribute of `module`, 'n_heads' or 'width')
+    sizes: tuple[tuple[str, str], ...] = ()    # (attribute of `module`, 'n_heads', 'width' or 'group_size')
+    label: str = ''                            # What the attention is called; by default the first part of `module`
+    pruned: type | None = field(default=None, compare=False)  # Class of `module` once heads go, if sizes are not enough
 
 # %% ../nbs/00_arch.ipynb #4ddfcdaf
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Stack:
     "A list of equal layers"
     layers: str                    # Dotted name of the list, relative to the backbone
     attns: tuple[AttnNames, ...]   # Attentions of a layer, in the order in which they run
-    ffn: FFNNames                  # Feed-forward part of a layer
+    ffn: FFNNames | tuple[FFNNames, ...]  # Feed-forward part of a layer, or the kinds there are: plain, gated
 
 # %% ../nbs/00_arch.ipynb #ddf46a86
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Family:
     stacks: tuple[Stack, ...]                         # Encoder first, then decoder
     head: tuple[str, ...] = ('classifier',)           # Task-head modules, relative to the model
     head_on_tokens: bool = False                      # Does the head run on every token, not once a sequence?
+    lm_head: str = 'lm_head'                          # Output layer of its language models, relative to the model
     pooler: tuple[str, ...] = ()                      # Pooling modules, relative to the backbone
     embed: tuple[str, ...] = ()                       # Maps between embeddings and layers, in the backbone
     tiny: dict = field(default_factory=dict)          # Config arguments of a tiny model for tests
@@ -105,20 +110,27 @@ def _unwrap(module: nn.Module) -> nn.Module:
 @dataclass(frozen=True)
 class Projection:
     "A linear map of the model, by name, with its weight seen as `(out, in)`"
-    root: nn.Module   # The plain model that holds it
-    name: str         # Dotted name in `root`
+    root: nn.Module                      # The plain model that holds it
+    name: str                            # Dotted name in `root`
+    part: tuple[int, int] | None = None  # (i, n): the i-th of n equal parts of the outputs; all if not given
     @property
     def site(self) -> nn.Module: return self.root.get_submodule(self.name)
     @property
     def linear(self) -> nn.Module: return _unwrap(self.site)
     @property
-    def weight(self) -> torch.Tensor: return self.linear.weight   # (out, in)
+    def is_transposed(self) -> bool: return isinstance(self.linear, Conv1D)
     @property
-    def bias(self) -> torch.Tensor | None: return self.linear.bias
+    def weight(self) -> torch.Tensor:  # (out, in)
+        return self._own(self.linear.weight.T if self.is_transposed else self.linear.weight)
+    @property
+    def bias(self) -> torch.Tensor | None:  # (out,)
+        return None if self.linear.bias is None else self._own(self.linear.bias)
     @property
     def out_features(self) -> int: return self.weight.shape[0]
     @property
     def in_features(self) -> int: return self.weight.shape[1]
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: return self._own(self.site(x), -1)  # (..., in) to (..., out)
+    def _own(self, tensor, dim=0): return tensor if self.part is None else tensor.chunk(self.part[1], dim)[self.part[0]]
 
 # %% ../nbs/00_arch.ipynb #c8886f50
 def _smaller(param, index, dim):
@@ -132,22 +144,24 @@ def keep_out(
     index: torch.Tensor,  # Outputs to keep, in order
 ) -> None:
     "Keep only the outputs `index`"
-    layer = self.linear
-    layer.weight = _smaller(layer.weight, index, 0)
+    if self.part is not None:
+        raise ValueError(f"a part of {self.name} cannot be cut alone: cut the whole module, all its parts alike")
+    layer, transposed = self.linear, self.is_transposed
+    layer.weight = _smaller(layer.weight, index, 1 if transposed else 0)
     if layer.bias is not None:
         layer.bias = _smaller(layer.bias, index, 0)
-    layer.out_features = len(index)
+    setattr(layer, 'nf' if transposed else 'out_features', len(index))
 
-# %% ../nbs/00_arch.ipynb #ef93f29f
+# %% ../nbs/00_arch.ipynb #f84d5a77
 @patch
 def keep_in(
     self: Projection,
     index: torch.Tensor,  # Inputs to keep, in order
 ) -> None:
     "Keep only the inputs `index`"
-    layer = self.linear
-    layer.weight = _smaller(layer.weight, index, 1)
-    layer.in_features = len(index)
+    layer, transposed = self.linear, self.is_transposed
+    layer.weight = _smaller(layer.weight, index, 0 if transposed else 1)
+    setattr(layer, 'nx' if transposed else 'in_features', len(index))
 
 # %% ../nbs/00_arch.ipynb #08bfe192
 @dataclass(frozen=True)
@@ -159,7 +173,7 @@ class Attention:
     layer: int         # Index of its layer in its stack
     row: int           # Index in `Arch.attns`, the row of importance tensors
     @property
-    def name(self) -> str: return f'{self.path}.{self.names.module.split(".")[0]}'
+    def name(self) -> str: return f'{self.path}.{self.names.label or self.names.module.split(".")[0]}'
     @property
     def kind(self) -> str: return self.names.kind
     @property
@@ -174,22 +188,33 @@ class Attention:
     def heads(self) -> tuple[int, ...]: return getattr(self.module, '_tpa_heads', tuple(range(self.n_heads)))
     @property
     def n_heads_orig(self) -> int: return getattr(self.module, '_tpa_n_heads', self.n_heads)
+    @property
+    def group_size(self) -> int:
+        return getattr(self.module, '_tpa_group_size', 0) or self.n_heads // self.n_kv_heads
+    @property
+    def kv_heads(self) -> tuple[int, ...]: return tuple(dict.fromkeys(h // self.group_size for h in self.heads))
 
 # %% ../nbs/00_arch.ipynb #c53d336b
+@patch
+def _qkv(self: Attention, name, i):
+    "The projection `name`; where one module computes all three, its part `i`"
+    fused = self.names.q == self.names.k
+    return Projection(self.root, f'{self.path}.{name}', (i, 3) if fused else None)
+
 @patch(as_prop=True)
 def q(self: Attention) -> Projection:
     "The query projection"
-    return Projection(self.root, f'{self.path}.{self.names.q}')
+    return self._qkv(self.names.q, 0)
 
 @patch(as_prop=True)
 def k(self: Attention) -> Projection:
     "The key projection"
-    return Projection(self.root, f'{self.path}.{self.names.k}')
+    return self._qkv(self.names.k, 1)
 
 @patch(as_prop=True)
 def v(self: Attention) -> Projection:
     "The value projection"
-    return Projection(self.root, f'{self.path}.{self.names.v}')
+    return self._qkv(self.names.v, 2)
 
 @patch(as_prop=True)
 def o(self: Attention) -> Projection:
@@ -205,26 +230,91 @@ def _head_rows(
     starts = torch.tensor(positions, dtype=torch.long)[:, None] * head_dim
     return (starts + torch.arange(head_dim)).flatten()
 
-# %% ../nbs/00_arch.ipynb #53dc3813
+@patch
+def check_heads(
+    self: Attention,
+    heads: list[int],  # Original ids of the heads to keep
+) -> int:              # Query heads that will share a key
+    "Raise unless the attention has `heads` and can be left with them"
+    missing = sorted(set(heads) - set(self.heads))
+    if missing:
+        raise ValueError(f"`heads` {missing} are not in {self.name}, which has {list(self.heads)}")
+    sizes = {}
+    for h in set(heads):
+        sizes[h // self.group_size] = sizes.get(h // self.group_size, 0) + 1
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"`heads` {sorted(set(heads))} of {self.name} share keys in groups of {self.group_size}, and "
+                         f"would be left with {sizes} heads in group: keep whole groups or equally many heads in each "
+                         f"(`select_heads` does so with `group_size={self.group_size}`)")
+    return next(iter(sizes.values()), 0)
+
+# %% ../nbs/00_arch.ipynb #7b616478
+@lru_cache
+def _headless(cls, o):
+    "Subclass of the attention `cls` without heads; `o` is its output projection, '' if that stands outside"
+    signature = inspect.signature(cls.forward)
+    class Headless(cls):
+        def forward(self, *args, **kwargs):
+            given = signature.bind(self, *args, **kwargs).arguments
+            states, layer = given['hidden_states'], self.get_submodule(o) if o else None
+            _advance_cache(self, states, given.get('past_key_values'))
+            out = states.new_zeros(*states.shape[:-1], max(layer.weight.shape) if o else 0)
+            return out if layer is None or layer.bias is None else out + layer.bias, None
+    return Headless
+
+def _advance_cache(
+    module: nn.Module,     # An attention without heads
+    states: torch.Tensor,  # (B, T, D) what its keys would be computed from
+    cache: Cache | None,   # Keys and values of earlier tokens
+    is_cross: bool = False,  # Are these keys another sequence, which does not grow?
+) -> int:                  # Number of keys that the attention would see
+    "Let `cache` count the tokens of an attention that has no keys to store"
+    if cache is None:
+        return states.shape[1]
+    if hasattr(cache, 'cross_attention_cache'):
+        seen = is_cross and cache.is_updated.get(module.layer_idx)
+        if is_cross:
+            cache.is_updated[module.layer_idx] = True
+        cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
+        if seen:
+            return cache.layers[module.layer_idx].keys.shape[-2]
+    token = states.new_zeros(states.shape[0], 1, states.shape[1], 1)
+    return cache.update(token, token, module.layer_idx)[0].shape[-2]
+
+# %% ../nbs/00_arch.ipynb #f05ca612
+@patch
+def _adopt(self: Attention, kept, group_size, of):
+    "Let the module remember the heads `kept`, of `of` in groups of `group_size` originally"
+    module, n_groups = self.module, len({h // group_size for h in kept})
+    quantities = {'n_heads': len(kept), 'width': len(kept) * self.head_dim, 'group_size': len(kept) // max(1, n_groups)}
+    for attribute, quantity in self.names.sizes:
+        setattr(module, attribute, quantities[quantity])
+    module._tpa_heads, module._tpa_n_heads, module._tpa_group_size = tuple(kept), of, group_size
+    prefix = self.names.module + '.'
+    if self.names.pruned:
+        module.__class__ = self.names.pruned
+    elif not kept:
+        module.__class__ = _headless(type(module), self.names.o.removeprefix(prefix) * self.names.o.startswith(prefix))
+
 @patch
 def keep_heads(
     self: Attention,
     heads: list[int],  # Original ids of the heads to keep
 ) -> None:
     "Keep only `heads`: rows of q, k, v, columns of o, and the sizes that the module remembers"
-    missing = sorted(set(heads) - set(self.heads))
-    if missing:
-        raise ValueError(f"`heads` {missing} are not in {self.name}, which has {list(self.heads)}")
-    kept = [h for h in self.heads if h in set(heads)]
-    module, head_dim, n_orig = self.module, self.head_dim, self.n_heads_orig
-    rows = _head_rows([self.heads.index(h) for h in kept], head_dim)
-    for proj in (self.q, self.k, self.v):
-        proj.keep_out(rows)
+    self.check_heads(heads)
+    kept, group_size, of = [h for h in self.heads if h in set(heads)], self.group_size, self.n_heads_orig
+    groups = dict.fromkeys(h // group_size for h in kept)
+    rows = _head_rows([self.heads.index(h) for h in kept], self.head_dim)
+    kv_rows = _head_rows([self.kv_heads.index(g) for g in groups], self.head_dim)
+    if self.q.part:
+        starts = range(0, 3 * self.q.out_features, self.q.out_features)
+        Projection(self.root, self.q.name).keep_out(torch.cat([rows + start for start in starts]))
+    else:
+        for proj, index in ((self.q, rows), (self.k, kv_rows), (self.v, kv_rows)):
+            proj.keep_out(index)
     self.o.keep_in(rows)
-    quantities = {'n_heads': len(kept), 'width': len(kept) * head_dim}
-    for attribute, quantity in self.names.sizes:
-        setattr(module, attribute, quantities[quantity])
-    module._tpa_heads, module._tpa_n_heads = tuple(kept), n_orig
+    self._adopt(kept, group_size, of)
 
 # %% ../nbs/00_arch.ipynb #affae15b
 @dataclass(frozen=True)
@@ -246,6 +336,29 @@ class FFN:
         return Projection(self.root, f'{self.path}.{self.names.gate}') if self.names.gate else None
     @property
     def d_ff(self) -> int: return self.up.out_features
+    @property
+    def neurons(self) -> tuple[int, ...]: return getattr(self.down.linear, '_tpa_neurons', tuple(range(self.d_ff)))
+    @property
+    def d_ff_orig(self) -> int: return getattr(self.down.linear, '_tpa_d_ff', self.d_ff)
+
+# %% ../nbs/00_arch.ipynb #b2123376
+@patch
+def keep_neurons(
+    self: FFN,
+    neurons: list[int],  # Original ids of the neurons to keep
+) -> None:
+    "Keep only `neurons`: rows of up (and gate), columns of down"
+    wanted, there, of = set(neurons), self.neurons, self.d_ff_orig
+    missing = sorted(wanted - set(there))
+    if missing or not wanted:
+        raise ValueError(f"`neurons` {missing[:5]} are not in {self.name}" if missing else
+                         f"`neurons` is empty: {self.name} must keep one")
+    positions = [i for i, n in enumerate(there) if n in wanted]
+    index = torch.tensor(positions)
+    for proj in filter(None, (self.up, self.gate)):
+        proj.keep_out(index)
+    self.down.keep_in(index)
+    self.down.linear._tpa_neurons, self.down.linear._tpa_d_ff = tuple(there[i] for i in positions), of
 
 # %% ../nbs/00_arch.ipynb #7130abe2
 class Arch:
@@ -275,28 +388,36 @@ def _prefix(base, family):
     return f'{prefix}.' if prefix and hasattr(base, prefix) else ''
 
 def _layers(base, family):
-    "(stack, path, index) of every layer, encoder first"
+    "(stack, path, index) of every layer, encoder first; a second stack may be absent"
+    modules = dict(base.named_modules())
     for stack in family.stacks:
         path = _prefix(base, family) + stack.layers
-        for i in range(len(base.get_submodule(path))):
+        for i in range(len(modules.get(path, ()))):
             yield stack, f'{path}.{i}', i
+
+def _names_of(part):
+    "Every name in an `AttnNames` or `FFNNames`"
+    fields = ('module', 'q', 'k', 'v', 'o') if isinstance(part, AttnNames) else ('up', 'down', 'gate')
+    return [getattr(part, f) for f in fields if getattr(part, f)]
+
+def _ffn_names(stack, path, names):
+    "The kind of feed-forward part whose names are among `names`; the first kind if none is"
+    kinds = (stack.ffn,) if isinstance(stack.ffn, FFNNames) else stack.ffn
+    return next((k for k in kinds if all(f'{path}.{n}' in names for n in _names_of(k))), kinds[0])
 
 def _check_record(base, family):
     "Raise unless every name of `family` exists in `base`"
     names = set(dict(base.named_modules()))
-    for stack in family.stacks:
-        if _prefix(base, family) + stack.layers not in names:
-            raise ValueError(f"`family` {family.model_type!r} does not fit {type(base).__name__}: "
-                             f"it has no module {stack.layers!r}")
-    for stack, path, _ in _layers(base, family):
-        parts = [getattr(a, p) for a in stack.attns for p in ('module', 'q', 'k', 'v', 'o')]
-        parts += [p for p in (stack.ffn.up, stack.ffn.down, stack.ffn.gate) if p]
-        for part in parts:
-            if f'{path}.{part}' not in names:
-                raise ValueError(f"`family` {family.model_type!r} does not fit {type(base).__name__}: "
-                                 f"it has no module {path}.{part}")
+    first = _prefix(base, family) + family.stacks[0].layers
+    missing = [family.stacks[0].layers] if first not in names else [
+        f'{path}.{name}' for stack, path, _ in _layers(base, family)
+        for part in (*stack.attns, _ffn_names(stack, path, names)) for name in _names_of(part)
+        if f'{path}.{name}' not in names]
+    if missing:
+        raise ValueError(f"`family` {family.model_type!r} does not fit {type(base).__name__}: "
+                         f"it has no module {missing[0]!r}")
 
-# %% ../nbs/00_arch.ipynb #ca565cf8
+# %% ../nbs/00_arch.ipynb #38b54362
 @patch(as_prop=True)
 def base(self: Arch) -> PreTrainedModel:
     "The plain `transformers` model, inside PEFT's wrapper if there is one"
@@ -312,7 +433,6 @@ def device(self: Arch) -> torch.device:
     "The device of the first parameter"
     return next(self.model.parameters()).device
 
-# %% ../nbs/00_arch.ipynb #df8ef5c0
 @patch(as_prop=True)
 def attns(self: Arch) -> list[Attention]:
     "Every attention: the encoder's layers first, then self and cross of each decoder layer"
@@ -322,8 +442,9 @@ def attns(self: Arch) -> list[Attention]:
 @patch(as_prop=True)
 def ffns(self: Arch) -> list[FFN]:
     "Every feed-forward layer, in the order in which they run"
-    found = enumerate(_layers(self.base, self.family))
-    return [FFN(self.base, stack.ffn, path, i, row) for row, (stack, path, i) in found]
+    base, names = self.base, set(dict(self.base.named_modules()))
+    found = enumerate(_layers(base, self.family))
+    return [FFN(base, _ffn_names(stack, path, names), path, i, row) for row, (stack, path, i) in found]
 
 # %% ../nbs/00_arch.ipynb #2c4c2167
 @patch(as_prop=True)
@@ -352,7 +473,49 @@ def _present(arch, names):
     full = [_prefix(arch.base, arch.family) + n for n in names]
     return [n for n in full if n in dict(arch.base.named_modules())]
 
-# %% ../nbs/00_arch.ipynb #90a36225
+# %% ../nbs/00_arch.ipynb #eb8f2eaa
+_AUTO_MODELS = {'seq_cls': AutoModelForSequenceClassification, 'token_cls': AutoModelForTokenClassification,
+               'causal_lm': AutoModelForCausalLM, 'seq_2_seq_lm': AutoModelForSeq2SeqLM}
+_ENDINGS = {'ForSequenceClassification': 'seq_cls', 'ForTokenClassification': 'token_cls',
+            'ForConditionalGeneration': 'seq_2_seq_lm', 'ForCausalLM': 'causal_lm', 'LMHeadModel': 'causal_lm'}
+
+def _task_type(class_name):
+    "What the class of a model is for; None if that is not a task"
+    return next((kind for ending, kind in _ENDINGS.items() if class_name.endswith(ending)), None)
+
+@patch(as_prop=True)
+def task_type(self: Arch) -> str | None:
+    "'seq_cls', 'token_cls', 'causal_lm', 'seq_2_seq_lm'; None for a bare backbone and other heads"
+    return _task_type(type(self.base).__name__)
+
+@patch(as_prop=True)
+def output_modules(self: Arch) -> list[str]:
+    "Names of what turns hidden states into logits: the task head, or the output layer of a language model"
+    return self.head_modules or [n for n in (self.family.lm_head,) if hasattr(self.base, n)]
+
+@patch(as_prop=True)
+def head_on_tokens(self: Arch) -> bool:
+    "Does the head run on every token, not once a sequence?"
+    return self.family.head_on_tokens or self.task_type in ('token_cls', 'causal_lm', 'seq_2_seq_lm')
+
+# %% ../nbs/00_arch.ipynb #c4c253dd
+@patch(as_prop=True)
+def group_size(self: Arch) -> int:
+    "Query heads that share a key and value head in the original model; 1 where each has its own"
+    return max(a.group_size for a in self.attns)
+
+@patch(as_prop=True)
+def max_tokens(self: Arch) -> int | None:
+    "Longest sequence that the position embeddings hold; None without a limit"
+    config = self.base.config
+    limit = getattr(config, 'max_position_embeddings', None)
+    if limit is None or limit <= 0:
+        return None
+    tables = [m for m in self.base.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == limit]
+    offsets = [m.padding_idx + 1 for m in tables if m.padding_idx is not None and limit != config.vocab_size]
+    return limit - max(offsets, default=0)
+
+# %% ../nbs/00_arch.ipynb #3d8b248b
 @patch
 def clone(self: Arch) -> Arch:
     "Copy the model and its history; the tokenizer is shared"
@@ -360,7 +523,6 @@ def clone(self: Arch) -> Arch:
     new.model, new.history = copy.deepcopy(self.model), copy.deepcopy(self.history)
     return new
 
-# %% ../nbs/00_arch.ipynb #e1c2ada6
 @patch
 def __repr__(self: Arch) -> str:
     "One line: class, attentions, heads kept, sizes, parameters"
@@ -373,6 +535,30 @@ def __repr__(self: Arch) -> str:
     peft = ', PEFT adapter' if self.is_adapted else ''
     return (f'Arch({type(self.base).__name__}: {len(attns)} attentions, {heads} of {attns[0].head_dim}, '
             f'd_ff {d_ff}, {n:,} parameters{peft})')
+
+# %% ../nbs/00_arch.ipynb #9bb93355
+def _cut_sites(arch):
+    "Every projection that surgery may change, by name"
+    projections = [p for a in arch.attns for p in (a.q, a.k, a.v, a.o)]
+    projections += [p for f in arch.ffns for p in (f.up, f.gate, f.down) if p]
+    return {p.name: p for p in projections}
+
+@patch
+def check_surgery(self: Arch) -> None:
+    "Raise unless heads and neurons of the model can be removed"
+    if self.is_adapted:
+        raise ValueError("`arch` carries a PEFT adapter whose sizes fit the model as it is; call `merge_lora` first, "
+                         "or prune before `add_lora`")
+    sites, owners = _cut_sites(self), {}
+    for name, p in self.base.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(p), []).append(name)
+    for name, proj in sites.items():
+        layer, weight = proj.linear, getattr(proj.linear, 'weight', None)
+        if not isinstance(layer, (nn.Linear, Conv1D)) or weight is None or not weight.is_floating_point():
+            raise ValueError(f"`arch` has {type(layer).__name__} as {name}: a quantised or replaced layer cannot be "
+                             "cut; prune the plain model first")
+        if len(owners.get(id(weight), ())) > 1:
+            raise ValueError(f"`arch` ties the weights {owners[id(weight)]}; cutting one would leave the other whole")
 
 # %% ../nbs/00_arch.ipynb #83f2e250
 _MINILM_SHA256 = '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'
@@ -418,23 +604,37 @@ def from_pretrained(
     task: object = None,  # The `Task` whose labels the head gets; without one, the checkpoint's own
     seed: int = 0,   # Seed of a head that the checkpoint lacks
     device: str | torch.device | None = None,  # Where to put the model; the CPU if not given
+    task_type: str | None = None,  # 'seq_cls', 'token_cls', 'causal_lm' or 'seq_2_seq_lm'; the task's or checkpoint's
     **kwargs,        # Passed to `transformers`, e.g. `dtype` or `attn_implementation`
 ) -> Arch:           # Model in evaluation mode, with its tokenizer
-    "Load the sequence classifier `name` for `task`"
+    "Load the checkpoint `name` for `task`: a sequence classifier unless task, checkpoint or `task_type` say otherwise"
     path = _resolve(name)
     config = _read(path, AutoConfig.from_pretrained)
     family = find_family(config.model_type)
+    stored = _task_type(next(iter(config.architectures or ()), ''))
+    kind = task_type or getattr(task, 'task_type', None) or stored or 'seq_cls'
+    if kind not in _AUTO_MODELS:
+        raise ValueError(f"`task_type` must be one of {', '.join(map(repr, _AUTO_MODELS))}, got {kind!r}")
     if task is not None:
-        if 'ForSequenceClassification' in str(config.architectures):
+        if stored == kind:
             task.check_model(config)
         kwargs = {**task.model_kwargs, **kwargs}
-    model, new = _load_quietly(path, family, seed, kwargs)
+    model, new = _load_quietly(path, family, seed, _AUTO_MODELS[kind], kwargs)
     arch = cls(model.eval().to(device or 'cpu'), _read(path, AutoTokenizer.from_pretrained), family)
     arch.new_weights = new
+    return _with_padding(arch)
+
+def _with_padding(arch):
+    "Let model and tokenizer agree on a padding token; decoders often come without one"
+    tok, config = arch.tokenizer, arch.base.config
+    if tok.pad_token is None and tok.eos_token is not None:
+        tok.pad_token = tok.eos_token
+    if getattr(config, 'pad_token_id', None) is None:
+        config.pad_token_id = tok.pad_token_id
     return arch
 
 # %% ../nbs/00_arch.ipynb #98167ee9
-def _load_quietly(path, family, seed, kwargs):
+def _load_quietly(path, family, seed, auto, kwargs):
     "The model at `path` and what it lacks: a head is drawn from `seed`, anything else missing is an error"
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
@@ -443,8 +643,7 @@ def _load_quietly(path, family, seed, kwargs):
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, info = _read(path, AutoModelForSequenceClassification.from_pretrained, output_loading_info=True,
-                                **kwargs)
+            model, info = _read(path, auto.from_pretrained, output_loading_info=True, **kwargs)
     finally:
         hf_logging.set_verbosity(level)
         if bars:

@@ -433,7 +433,7 @@ def _check_model_fits(arch, task, recipe):
                          f"{arch.new_weights[0]!r} is random; give a checkpoint that was fine-tuned on {task.name!r}")
     if recipe.method in ('prune', 'prune-lora'):
         select_heads(heads, recipe.keep, recipe.pruning_ratio if recipe.keep is None else None, recipe.scope,
-                     recipe.min_heads, recipe.round_to)
+                     recipe.min_heads, recipe.round_to, arch.group_size)
     if recipe.method == 'prune-lora':
         add_lora(arch.clone(), heads, top_blocks=min(len(heads), recipe.top_blocks or 1), targets=recipe.targets,
                  train=recipe.train)

@@ -47,6 +47,14 @@ def _own_seed(device: torch.device):
         torch.manual_seed(0)
         yield
 
+def _labels_for(arch: Arch, ids: torch.Tensor) -> torch.Tensor:
+    "Labels that fit what `arch` predicts from `ids`, (B, T)"
+    if arch.task_type in ('causal_lm', 'seq_2_seq_lm'):
+        return ids
+    n = arch.base.config.num_labels
+    labels = ids if arch.task_type == 'token_cls' else torch.arange(len(ids), device=ids.device)
+    return labels % n if n > 1 else labels.float()
+
 # %% ../nbs/09_hardware.ipynb #12f40d4b
 class _Step:
     "One optimiser step of a copy of `arch`, on a random batch with labels"
@@ -54,10 +62,8 @@ class _Step:
         _check_together({'arch': arch})
         if not any(p.requires_grad for p in arch.model.parameters()):
             raise ValueError("`arch` has no parameter that trains; add an adapter, or call requires_grad_ on its model")
-        n_labels = arch.base.config.num_labels
         self.batch = _random_batch(arch, batch_size, seq_len)
-        labels = torch.arange(batch_size, device=arch.device)
-        self.batch['labels'] = labels % n_labels if n_labels > 1 else labels.float()
+        self.batch['labels'] = _labels_for(arch, self.batch['input_ids'])
         self.device, self.dtype = arch.device, autocast
         _autocast(self.device, self.dtype)
         self.model = arch.clone().model.train()
@@ -453,8 +459,8 @@ def product_costs(
     for name, sites in _sites(arch).items():
         costs[name] = (sum(_module_flops(m, rows) for m, _ in sites), sum(_product_bytes(m, rows) for m, _ in sites))
     scores = _score_costs(arch, batch_size, seq_len)
-    ends = [arch.base.get_submodule(name) for name in arch.poolers + arch.head_modules]
-    once = rows if arch.family.head_on_tokens else batch_size
+    ends = [arch.base.get_submodule(name) for name in arch.poolers + arch.output_modules]
+    once = rows if arch.head_on_tokens else batch_size
     moved = sum(b for _, b in costs.values()) + scores[1] + sum(_product_bytes(end, once) for end in ends)
     moved += sum(_product_bytes(arch.base.get_submodule(name), rows) for name in arch.embed_modules)
     costs = {'q, k, v': costs.pop('q, k, v'), 'scores': scores, **costs,

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 # %% ../nbs/05_lora.ipynb #753875ee
-from .arch import Arch
+from .arch import Arch, Projection
 
 # %% ../nbs/05_lora.ipynb #ba91fde8
 def _block_scores(imp):
@@ -46,16 +46,28 @@ def top_block_ranks(
     return [r_high if row in top else r_low for row in range(len(scores))]
 
 # %% ../nbs/05_lora.ipynb #6c1a895d
-def _rank_costs(arch, targets):
-    "Parameters that one more rank costs in each attention"
-    _check_targets(targets)
-    return [sum(getattr(a, t).in_features + getattr(a, t).out_features for t in targets) for a in arch.attns]
+_TARGETS = ('q', 'k', 'v', 'o', 'up', 'gate', 'down')
 
 def _check_targets(targets):
-    "Raise unless `targets` are projections of an attention"
-    wrong = [t for t in targets if t not in ('q', 'k', 'v', 'o')]
+    "Raise unless `targets` are projections of an attention or a feed-forward layer"
+    wrong = [t for t in targets if t not in _TARGETS]
     if wrong or not targets or isinstance(targets, str):
-        raise ValueError(f"`targets` must be some of 'q', 'k', 'v', 'o', got {targets!r}")
+        raise ValueError(f"`targets` must be some of {', '.join(map(repr, _TARGETS))}, got {targets!r}")
+
+def _sites(arch, targets):
+    "For each attention: the modules that get its rank, by name; a layer's FFN goes with its first attention"
+    _check_targets(targets)
+    ffns, found = {f.path: f for f in arch.ffns}, []
+    for a in arch.attns:
+        f = ffns.pop(a.path, None)
+        parts = [getattr(a, t) if t in 'qkvo' else getattr(f, t, None) for t in targets]
+        whole = [Projection(p.root, p.name) for p in parts if p is not None]  # fused q, k and v share one adapter
+        found.append({p.name: p for p in whole if p.weight.numel()})          # an attention may have lost all heads
+    return found
+
+def _rank_costs(arch, targets):
+    "Parameters that one more rank costs in each attention"
+    return [sum(p.in_features + p.out_features for p in site.values()) for site in _sites(arch, targets)]
 
 # %% ../nbs/05_lora.ipynb #c27c5bdf
 def budget_ranks(
@@ -64,7 +76,7 @@ def budget_ranks(
     r: int = 8,                                     # The budget: as many parameters as rank `r` everywhere
     r_min: int = 1,                                 # Lowest rank of a block
     r_max: int = 64,                                # Highest rank of a block
-    targets: Sequence[str] = ('q', 'k', 'v', 'o'),  # Adapted projections
+    targets: Sequence[str] = ('q', 'k', 'v', 'o'),  # Adapted projections, of the FFN too: 'up', 'gate', 'down'
 ) -> list[int]:                                     # A rank for each attention
     "Make ranks proportional to block importance under the parameter budget of a uniform rank `r`"
     costs, scores = _rank_costs(arch, targets), _check_rows(arch, imp)
@@ -95,12 +107,12 @@ def rank_pattern(
     targets: Sequence[str] = ('q', 'k', 'v', 'o'),  # Adapted projections
 ) -> dict[str, int]:                                # Anchored module name to rank
     "Write `ranks` as PEFT's `rank_pattern`"
-    _check_targets(targets)
+    sites = _sites(arch, targets)
     if len(ranks) != len(arch.attns):
         raise ValueError(f"`ranks` has {len(ranks)} entries, the model has {len(arch.attns)} attentions")
     for r in ranks:
         _whole('ranks', r, 1)
-    return {f'^{re.escape(getattr(a, t).name)}': r for a, r in zip(arch.attns, ranks) for t in targets}
+    return {f'^{re.escape(name)}': r for site, r in zip(sites, ranks) for name in site}
 
 # %% ../nbs/05_lora.ipynb #604453ff
 def _modules_to_save(arch, train):
@@ -129,8 +141,8 @@ def lora_config(
     others = {k: v for k, v in pattern.items() if v != top}
     return LoraConfig(r=top, lora_alpha=lora_alpha, lora_dropout=lora_dropout, rank_pattern=others,
                       alpha_pattern={k: lora_alpha * v / top for k, v in others.items()},
-                      target_modules=[getattr(a, t).name for a in arch.attns for t in targets],
-                      modules_to_save=_modules_to_save(arch, train))
+                      target_modules=[name for site in _sites(arch, targets) for name in site],
+                      fan_in_fan_out=arch.attns[0].o.is_transposed, modules_to_save=_modules_to_save(arch, train))
 
 # %% ../nbs/05_lora.ipynb #31e7210c
 def _choose_ranks(arch, imp, r, r_high, r_low, top_blocks, budget, targets):

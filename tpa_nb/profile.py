@@ -152,8 +152,9 @@ def flops_by_part(
     _check_count('seq_len', seq_len)
     projections, ffn = _layer_flops(arch, batch_size * seq_len)
     widths = sum(a.n_heads * a.head_dim for a in arch.attns)
-    rows = batch_size * (seq_len if arch.family.head_on_tokens else 1)
-    ends = [arch.base.get_submodule(name) for name in arch.poolers + arch.head_modules]
+    rows = batch_size * (seq_len if arch.head_on_tokens else 1)
+    poolers = arch.poolers if arch.task_type != 'token_cls' else []
+    ends = [arch.base.get_submodule(name) for name in poolers + arch.output_modules]
     embed = [arch.base.get_submodule(name) for name in arch.embed_modules]  # ELECTRA's embeddings are narrower
     return {'embedding projection': sum(_module_flops(part, batch_size * seq_len) for part in embed),
             'attention projections': projections,
@@ -180,23 +181,12 @@ def _special_ids(config) -> list[int]:
     return [i for i in found if i is not None and i >= 0]
 
 
-def _max_tokens(arch: Arch) -> int | None:
-    "Longest sequence that the position embeddings of `arch` hold, None without a limit"
-    config = arch.base.config
-    limit = getattr(config, 'max_position_embeddings', None)
-    if limit is None or limit <= 0:
-        return None
-    tables = [m for m in arch.base.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == limit]
-    offsets = [m.padding_idx + 1 for m in tables if m.padding_idx is not None and limit != config.vocab_size]
-    return limit - max(offsets, default=0)  # positions that count from the padding index lose those below it
-
-
 def _random_batch(arch: Arch, batch_size: int, seq_len: int, seed: int = 0) -> dict[str, torch.Tensor]:
     "Random ids with a full mask on the device of `arch`, the same for the same `seed`"
     _check_arch(arch)
     _check_count('batch_size', batch_size)
     _check_count('seq_len', seq_len)
-    limit = _max_tokens(arch)
+    limit = arch.max_tokens
     if limit is not None and seq_len > limit:
         raise ValueError(f"`seq_len` is {seq_len}, but the model has positions for {limit} tokens")
     config = arch.base.config.get_text_config()
@@ -208,7 +198,10 @@ def _random_batch(arch: Arch, batch_size: int, seq_len: int, seed: int = 0) -> d
     eos = getattr(config, 'eos_token_id', None)
     if isinstance(eos, int) and 0 <= eos < config.vocab_size:
         ids[:, -1] = eos
-    return {'input_ids': ids.to(arch.device), 'attention_mask': torch.ones_like(ids).to(arch.device)}
+    batch = {'input_ids': ids.to(arch.device), 'attention_mask': torch.ones_like(ids).to(arch.device)}
+    if arch.task_type == 'seq_2_seq_lm':
+        batch['decoder_input_ids'] = batch['input_ids']
+    return batch
 
 # %% ../nbs/07_profile.ipynb #3ef1a9df
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def _rebuild_heads(arch, description):
         kept, total = entry['kept'], entry['of']
         if total != attn.n_heads:
             raise ValueError(f"{attn.name} has {attn.n_heads} heads before pruning, tpa.json says {total!r}")
-        if not kept or kept != sorted(set(kept) & set(range(total))):
+        if kept != sorted(set(kept) & set(range(total))):
             raise ValueError(f"{attn.name}: heads kept must be rising numbers from 0 to {total - 1}, got {kept!r}")
         if len(kept) < total:
             attn.keep_heads(kept)
@@ -84,22 +84,39 @@ def _same_names(description, names, what):
         raise ValueError(f"the {what} in tpa.json are not those of the model; the first that differs is {wrong!r}")
 
 # %% ../nbs/08_save.ipynb #b8236b98
+def _as_text(ids):
+    "Rising `ids` as text, '0-2,5'"
+    starts = [i for i, before in zip(ids, [None, *ids]) if before is None or i != before + 1]
+    stops = [i for i, after in zip(ids, [*ids[1:], None]) if i + 1 != after]
+    return ','.join(f'{a}-{b}' if a < b else f'{a}' for a, b in zip(starts, stops))
+
+def _from_text(text, of, name):
+    "The ids in `text`, which must rise and be smaller than `of`"
+    runs = re.findall('([0-9]{1,9})(?:-([0-9]{1,9}))?', str(text))
+    ids = [i for a, b in runs for i in range(int(a), min(int(b or a), of) + 1)]
+    if not ids or ids != sorted(set(ids)) or ids[-1] >= of or _as_text(ids) != text:
+        raise ValueError(f"{name}: neurons kept must rise from 0 to {of - 1}, written '0-2,5', got {text!r:.60}")
+    return ids
+
 def _describe_neurons(arch):
-    "Width of every feed-forward layer"
-    return {f.name: f.d_ff for f in arch.ffns}
+    "Width of every feed-forward layer; ids and original width of one that lost neurons"
+    return {f.name: f.d_ff if f.d_ff == f.d_ff_orig else {'kept': _as_text(f.neurons), 'of': f.d_ff_orig}
+            for f in arch.ffns}
 
 def _rebuild_neurons(arch, description):
     "Narrow the feed-forward layers to `description`"
     _same_names(description, [f.name for f in arch.ffns], 'feed-forward layers')
     for ffn in arch.ffns:
-        d_ff = description[ffn.name]
-        if type(d_ff) is not int or not 1 <= d_ff <= ffn.d_ff:
-            raise ValueError(f"{ffn.name}: d_ff must be from 1 to {ffn.d_ff}, got {d_ff!r}")
-        if d_ff < ffn.d_ff:
-            index = torch.arange(d_ff)
+        entry = description[ffn.name]
+        width = entry['of'] if isinstance(entry, dict) else entry
+        if type(width) is not int or not 1 <= width <= ffn.d_ff:
+            raise ValueError(f"{ffn.name}: d_ff must be from 1 to {ffn.d_ff}, got {width!r}")
+        if width < ffn.d_ff:
             for proj in filter(None, (ffn.up, ffn.gate)):
-                proj.keep_out(index)
-            ffn.down.keep_in(index)
+                proj.keep_out(torch.arange(width))
+            ffn.down.keep_in(torch.arange(width))
+        if isinstance(entry, dict):
+            ffn.keep_neurons(_from_text(entry['kept'], width, ffn.name))
 
 _NEURONS = register_step(StructureStep('neurons', _describe_neurons, _rebuild_neurons))
 
