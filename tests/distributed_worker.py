@@ -106,8 +106,9 @@ def padded(rows):
 
 def tokens(family, kind, accumulate=1, **config):
     "Train on a label for every token, with `make_trainer` alone"
-    arch, found = tiny_arch(family, task_type=kind, **config), {}
-    trainer = make_trainer(arch, pairs(), batch_size=BATCH // PROCESSES // accumulate, max_grad_norm=0.0, max_steps=2,
+    arch, task, found = tiny_arch(family, task_type=kind, **config), pairs(), {}
+    object.__setattr__(task, 'task_type', kind)  # its rows are exchanged for `texts` below
+    trainer = make_trainer(arch, task, batch_size=BATCH // PROCESSES // accumulate, max_grad_norm=0.0, max_steps=2,
                            gradient_accumulation_steps=accumulate, train_sampling_strategy='sequential')
     trainer.train_dataset, trainer.data_collator = texts(kind), padded
     with watched(arch, found):

@@ -9,6 +9,7 @@ from .train import *
 from .profile import *
 from .save import *
 from .hardware import *
+from .text import *
 from .report import *
 from .compress import *
 from .runner import *

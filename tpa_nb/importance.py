@@ -98,8 +98,8 @@ def example_losses(
 
 def _losses_of(arch, data):
     "The function (outputs, batch) to (B,) that fits task and model"
-    own = getattr(getattr(data, 'task', None), 'example_losses', None)
-    return own or partial(example_losses, shift=arch.task_type == 'causal_lm')
+    own = getattr(getattr(data, 'task', None), 'losses', None)
+    return own(arch.tokenizer) if own else partial(example_losses, shift=arch.task_type == 'causal_lm')
 
 # %% ../nbs/03_importance.ipynb #bfd0a02f
 def model_inputs(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -164,6 +164,8 @@ class Task:
     source: str = ''                     # Where the rows come from, for reports
     partial: bool = False                # Is the training set an unofficial part of the real one?
     max_length: int = 128                # Tokens at which texts are cut
+    task_type = 'seq_cls'                # What has to stand on the backbone, in PEFT's words
+    greater_is_better = True             # Does a higher main score mean a better model?
 
     def __post_init__(self):
         _check_names(self)
@@ -178,6 +180,14 @@ class Task:
     def with_max_length(self, max_length: int) -> 'Task':
         "The same rows with texts cut at `max_length` tokens"
         return replace(self, max_length=max_length)
+
+    def encode_rows(self, rows: dict, tokenizer: PreTrainedTokenizerBase, **kwargs) -> dict[str, list]:
+        "Token ids of `rows`, with 'labels'; other kinds of task have a way of their own"
+        return {**tokenizer(*(list(rows[name]) for name in self.text_columns), **kwargs), 'labels': rows['label']}
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable:
+        "A function that pads encoded rows to a batch of tensors"
+        return DataCollatorWithPadding(tokenizer)
 
 # %% ../nbs/02_tasks.ipynb #c30183a9
 @patch(as_prop=True)
@@ -340,16 +350,15 @@ def split(
     kept, held = _holdout(self.train['label'], holdout, seed, not self.is_regression)
     return Examples(self, self.train.select(kept)), Examples(self, self.train.select(held))
 
-# %% ../nbs/02_tasks.ipynb #bdb71a9e
+# %% ../nbs/02_tasks.ipynb #f27ee604
 def _tokenise(examples, tokenizer, **kwargs):
-    "Yield the encodings of 4,096 rows at a time, with the rows"
+    "Yield the encodings of 4,096 rows at a time"
     longest, limit = examples.task.max_length, tokenizer.model_max_length
     if longest > limit:
         raise ValueError(f"`max_length` is {longest}, but the tokenizer's model takes {limit} tokens at most; "
                          f"use task.with_max_length({limit})")
     for start in range(0, len(examples), 4096):
-        chunk = examples.rows[start:start + 4096]
-        yield tokenizer(*(list(chunk[name]) for name in examples.task.text_columns), **kwargs), chunk
+        yield examples.task.encode_rows(examples.rows[start:start + 4096], tokenizer, **kwargs)
 
 
 @patch
@@ -359,8 +368,7 @@ def encode(
 ) -> Dataset:                            # Token ids, masks and 'labels' in row order, not padded
     "Tokenise all rows, cut at the task's `max_length`"
     cut = dict(truncation='longest_first', max_length=self.task.max_length)
-    parts = [Dataset.from_dict({**enc, 'labels': chunk['label']}) for enc, chunk in _tokenise(self, tokenizer, **cut)]
-    return datasets.concatenate_datasets(parts)
+    return datasets.concatenate_datasets([Dataset.from_dict(enc) for enc in _tokenise(self, tokenizer, **cut)])
 
 # %% ../nbs/02_tasks.ipynb #c2b4aa7c
 @patch
@@ -370,7 +378,7 @@ def truncated(
 ) -> int:                                # Rows longer than the task's `max_length`
     "Count the rows that `encode` cuts"
     whole = _tokenise(self, tokenizer, truncation=False, verbose=False)
-    return sum(len(ids) > self.task.max_length for enc, _ in whole for ids in enc['input_ids'])
+    return sum(len(ids) > self.task.max_length for enc in whole for ids in enc['input_ids'])
 
 # %% ../nbs/02_tasks.ipynb #6f8aad66
 def _padded(data, collate, batch_size, device):
@@ -393,7 +401,7 @@ def batches(
         raise ValueError(f"`batch_size` must be a whole number of at least 1, got {batch_size!r}")
     if tokenizer.pad_token is None:
         raise ValueError("`tokenizer` has no padding token; set tokenizer.pad_token = tokenizer.eos_token")
-    return _padded(self.encode(tokenizer), DataCollatorWithPadding(tokenizer), batch_size, device)
+    return _padded(self.encode(tokenizer), self.task.collator(tokenizer), batch_size, device)
 
 # %% ../nbs/02_tasks.ipynb #9e83ac53
 _couples = {

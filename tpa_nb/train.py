@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
 from transformers import TrainerCallback, TrainingArguments
 from transformers import logging as hf_logging
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -95,8 +95,11 @@ def _check_fit(arch, task):
     "Raise unless `arch` has a tokenizer and a head for `task`"
     if arch.tokenizer is None:
         raise ValueError("`arch` has no tokenizer, which training on a task needs; pass `Arch(model, tokenizer)`")
+    if arch.task_type != task.task_type:
+        raise ValueError(f"`task` {task.name!r} needs a model for {task.task_type!r}, `arch` is one for "
+                         f"{arch.task_type!r}; load it with `Arch.from_pretrained(name, task)`")
     n = arch.base.config.num_labels
-    if n != task.num_labels:
+    if task.num_labels not in (None, n):
         raise ValueError(f"`task` {task.name!r} needs {task.num_labels} outputs, the model has {n}; "
                          "load it with `Arch.from_pretrained(name, task)`")
 
@@ -121,27 +124,31 @@ def make_trainer(
     args = TrainingArguments(output_dir=str(output_dir or tempfile.gettempdir()),
                              per_device_train_batch_size=batch_size,
                              **{**settings, **_precision(mixed_precision), **kwargs})
-    trainer = _Trainer(arch.model, args, data_collator=_Padding(arch.tokenizer),
+    trainer = _Trainer(arch.model, args, data_collator=_without_lengths(task.collator(arch.tokenizer)),
                        train_dataset=rows,
                        eval_dataset=_by_length(_encoded(evaluation, arch)) if evaluation else None,
                        compute_metrics=task.compute_metrics, processing_class=arch.tokenizer,
-                       preprocess_logits_for_metrics=_only_logits)
-    trainer.returns_mean = arch.task_type != 'causal_lm'
-    trainer.model_accepts_loss_kwargs |= trainer.returns_mean  # then the Trainer counts the labels of a step
+                       preprocess_logits_for_metrics=_what_is_scored(arch, task))
+    trainer.losses = task.losses(arch.tokenizer) if hasattr(task, 'losses') else None
+    trainer.returns_mean = arch.task_type != 'causal_lm' or trainer.losses is not None
+    # told a number, the Trainer counts the labels of a step; where a task has a loss of its own, one for each row
+    trainer.model_accepts_loss_kwargs = trainer.losses is None
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
 
 # %% ../nbs/06_train.ipynb #e5190af9
-class _Padding(DataCollatorWithPadding):
-    "Dynamic padding; the column of lengths stays out of the batch"
-    def __call__(self, features):
-        return super().__call__([{k: v for k, v in f.items() if k != 'length'} for f in features])
+def _without_lengths(collate):
+    "`collate` without the column of lengths, which stays out of the batch"
+    return lambda features: collate([{k: v for k, v in f.items() if k != 'length'} for f in features])
 
-def _only_logits(outputs, labels):
-    "The logits, where a model such as T5 returns hidden states beside them"
-    return outputs[0] if isinstance(outputs, tuple) else outputs
+def _what_is_scored(arch, task):
+    "A function of outputs and labels that gives what `task` scores: the logits, or what it makes of them"
+    answers = task.answers(arch.tokenizer) if hasattr(task, 'answers') else lambda logits, labels: logits
+    # models such as T5 return hidden states beside the logits
+    return lambda outputs, labels: answers(outputs[0] if isinstance(outputs, tuple) else outputs, labels)
 
+# %% ../nbs/06_train.ipynb #c6761e84
 class _Groups(LengthGroupedSampler):
     "Rows of like length in a batch, in an order that hangs on seed and epoch alone"
     def set_epoch(self, epoch):
@@ -150,15 +157,23 @@ class _Groups(LengthGroupedSampler):
 class _Trainer(Trainer):
     "A Trainer whose loss is the mean over all labels of a step, and whose processes agree on the order of rows"
     returns_mean = False  # Does the model return the mean over its own labels, whatever number it is told?
+    losses = None         # A task's own (outputs, batch) to the loss of each example
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self.returns_mean or num_items_in_batch is None:
+        if not self.returns_mean:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        share = inputs['labels'].ne(-100).sum() / num_items_in_batch
-        if self.args.average_tokens_across_devices:
-            share = share * self.accelerator.num_processes  # gradients are averaged over the processes
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        return (loss * share, outputs) if return_outputs else loss * share
+        loss, outputs = self._mean_loss(model, inputs)
+        if num_items_in_batch is not None:
+            share = inputs['labels'].ne(-100).sum() / num_items_in_batch
+            # gradients are averaged over the processes
+            loss = loss * share * (self.accelerator.num_processes if self.args.average_tokens_across_devices else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def _mean_loss(self, model, inputs):
+        if self.losses is None:
+            return super().compute_loss(model, inputs, return_outputs=True)
+        outputs = model(**{k: v for k, v in inputs.items() if k != 'labels'})
+        return self.losses(outputs, inputs).mean(), outputs
 
     def _get_train_sampler(self, *args):
         sampler = super()._get_train_sampler(*args)
@@ -320,7 +335,7 @@ def _checkpoints(task, output_dir, early_stopping):
     "TrainingArguments that write checkpoints only where they are needed"
     if early_stopping:
         return dict(eval_strategy='epoch', save_strategy='epoch', load_best_model_at_end=True, save_total_limit=1,
-                    metric_for_best_model=f'eval_{task.main_metric}', greater_is_better=True)
+                    metric_for_best_model=f'eval_{task.main_metric}', greater_is_better=task.greater_is_better)
     return dict(save_strategy='epoch', save_total_limit=1) if output_dir else {}
 
 def _entry(arch, task, trainer, seconds):
