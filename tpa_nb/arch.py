@@ -560,6 +560,14 @@ def check_surgery(self: Arch) -> None:
         if len(owners.get(id(weight), ())) > 1:
             raise ValueError(f"`arch` ties the weights {owners[id(weight)]}; cutting one would leave the other whole")
 
+@patch
+def check_weights(self: Arch) -> None:
+    "Raise unless every weight is in memory"
+    empty = next((n for n, p in self.model.named_parameters() if p.is_meta), None)
+    if empty is not None:
+        raise ValueError(f"`arch` holds no weights for {empty!r}: on the meta device there are shapes only, which can be "
+                         "cut and counted, not run")
+
 # %% ../nbs/00_arch.ipynb #83f2e250
 _MINILM_SHA256 = '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'
 

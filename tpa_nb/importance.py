@@ -158,6 +158,7 @@ def head_derivatives(
     loss_fn: Callable | None = None,           # (outputs, batch) to the loss of each example, (B,); else the task's
 ) -> HeadDerivatives:
     "Compute the derivative of each example's loss in each head's gate, one backward pass per batch"
+    arch.check_weights()
     values, tokens, loss_fn = [], [], loss_fn or _losses_of(arch, data)
     with _frozen(arch.model):
         for batch in _as_batches(arch, data, batch_size):
@@ -316,6 +317,7 @@ def neuron_importance(
     loss_fn: Callable | None = None,      # (outputs, batch) to the loss of each example, (B,); else the task's
 ) -> list[torch.Tensor]:                  # For each of `arch.ffns` (neurons of the original model,), `nan` where gone
     "Score every neuron by how strongly each example's loss reacts to its weights (Zuo et al. 2022, MoEBERT)"
+    arch.check_weights()
     sums, n, loss_fn = [], 0, loss_fn or _losses_of(arch, data)
     with _frozen(arch.model):
         for batch in _as_batches(arch, data, batch_size):

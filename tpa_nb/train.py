@@ -95,6 +95,7 @@ def _check_fit(arch, task):
     "Raise unless `arch` has a tokenizer and a head for `task`"
     if arch.tokenizer is None:
         raise ValueError("`arch` has no tokenizer, which training on a task needs; pass `Arch(model, tokenizer)`")
+    arch.check_weights()
     if arch.task_type != task.task_type:
         raise ValueError(f"`task` {task.name!r} needs a model for {task.task_type!r}, `arch` is one for "
                          f"{arch.task_type!r}; load it with `Arch.from_pretrained(name, task)`")
