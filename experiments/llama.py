@@ -28,7 +28,7 @@ from tpa_nb.text import text_task
 from tpa_nb.train import evaluate_model, finetune
 
 FOLDER = Path(__file__).parent / 'results' / 'llama'
-RATIOS = (10, 20, 30, 40, 50)  # per cent of heads, of neurons, or of each
+RATIOS = (10, 30, 50, 20, 40)  # per cent of heads, of neurons, or of each
 KINDS = ('heads', 'heads-within', 'neurons', 'both')
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 N_TRAIN, N_VALIDATION, LENGTH, EPOCHS, BATCH, RANK = 1500, 300, 160, 4, 16, 8

@@ -9,7 +9,9 @@ from .train import *
 from .profile import *
 from .save import *
 from .hardware import *
+from .checks import *
 from .text import *
+from .budget import *
 from .report import *
 from .compress import *
 from .runner import *

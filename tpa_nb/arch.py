@@ -36,7 +36,7 @@ class AttnNames:
     o: str                                     # Output projection; its input is the concatenation of the heads
     kind: str = 'self'                         # 'self' or 'cross'
     head_dim: str = 'head_dim'                 # Attribute of `module`: size of one head
-    sizes: tuple[tuple[str, str], ...] = ()    # (attribute of `module`, 'n_heads', 'width' or 'group_size')
+    sizes: tuple[tuple[str, str], ...] = ()    # (attribute, 'n_heads', 'n_kv_heads', 'width' or 'group_size')
     label: str = ''                            # What the attention is called; by default the first part of `module`
     pruned: type | None = field(default=None, compare=False)  # Class of `module` once heads go, if sizes are not enough
 
@@ -257,7 +257,9 @@ def _headless(cls, o):
         def forward(self, *args, **kwargs):
             given = signature.bind(self, *args, **kwargs).arguments
             states, layer = given['hidden_states'], self.get_submodule(o) if o else None
-            _advance_cache(self, states, given.get('past_key_values'))
+            cache = next((value for value in given.values() if isinstance(value, Cache)), None)
+            source = given.get('key_value_states')
+            _advance_cache(self, states if source is None else source, cache, source is not None)
             out = states.new_zeros(*states.shape[:-1], max(layer.weight.shape) if o else 0)
             return out if layer is None or layer.bias is None else out + layer.bias, None
     return Headless
@@ -271,22 +273,24 @@ def _advance_cache(
     "Let `cache` count the tokens of an attention that has no keys to store"
     if cache is None:
         return states.shape[1]
+    index = module.layer_idx if hasattr(module, 'layer_idx') else module.layer_id  # GPT-Neo's name for it
     if hasattr(cache, 'cross_attention_cache'):
-        seen = is_cross and cache.is_updated.get(module.layer_idx)
+        seen = is_cross and cache.is_updated.get(index)
         if is_cross:
-            cache.is_updated[module.layer_idx] = True
+            cache.is_updated[index] = True
         cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
         if seen:
-            return cache.layers[module.layer_idx].keys.shape[-2]
+            return cache.layers[index].keys.shape[-2]
     token = states.new_zeros(states.shape[0], 1, states.shape[1], 1)
-    return cache.update(token, token, module.layer_idx)[0].shape[-2]
+    return cache.update(token, token, index)[0].shape[-2]
 
 # %% ../nbs/00_arch.ipynb #f05ca612
 @patch
 def _adopt(self: Attention, kept, group_size, of):
     "Let the module remember the heads `kept`, of `of` in groups of `group_size` originally"
     module, n_groups = self.module, len({h // group_size for h in kept})
-    quantities = {'n_heads': len(kept), 'width': len(kept) * self.head_dim, 'group_size': len(kept) // max(1, n_groups)}
+    quantities = {'n_heads': len(kept), 'width': len(kept) * self.head_dim, 'n_kv_heads': n_groups,
+                  'group_size': len(kept) // max(1, n_groups)}
     for attribute, quantity in self.names.sizes:
         setattr(module, attribute, quantities[quantity])
     module._tpa_heads, module._tpa_n_heads, module._tpa_group_size = tuple(kept), of, group_size
@@ -477,7 +481,8 @@ def _present(arch, names):
 _AUTO_MODELS = {'seq_cls': AutoModelForSequenceClassification, 'token_cls': AutoModelForTokenClassification,
                'causal_lm': AutoModelForCausalLM, 'seq_2_seq_lm': AutoModelForSeq2SeqLM}
 _ENDINGS = {'ForSequenceClassification': 'seq_cls', 'ForTokenClassification': 'token_cls',
-            'ForConditionalGeneration': 'seq_2_seq_lm', 'ForCausalLM': 'causal_lm', 'LMHeadModel': 'causal_lm'}
+            'ForConditionalGeneration': 'seq_2_seq_lm', 'MTModel': 'seq_2_seq_lm',
+            'ForCausalLM': 'causal_lm', 'LMHeadModel': 'causal_lm'}
 
 def _task_type(class_name):
     "What the class of a model is for; None if that is not a task"
@@ -560,13 +565,14 @@ def check_surgery(self: Arch) -> None:
         if len(owners.get(id(weight), ())) > 1:
             raise ValueError(f"`arch` ties the weights {owners[id(weight)]}; cutting one would leave the other whole")
 
+# %% ../nbs/00_arch.ipynb #7964d84a
 @patch
 def check_weights(self: Arch) -> None:
     "Raise unless every weight is in memory"
     empty = next((n for n, p in self.model.named_parameters() if p.is_meta), None)
     if empty is not None:
-        raise ValueError(f"`arch` holds no weights for {empty!r}: on the meta device there are shapes only, which can be "
-                         "cut and counted, not run")
+        raise ValueError(f"`arch` holds no weights for {empty!r}: on the meta device there are shapes only, which can "
+                         "be cut and counted, not run")
 
 # %% ../nbs/00_arch.ipynb #83f2e250
 _MINILM_SHA256 = '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'
