@@ -78,7 +78,13 @@ def _task(task, given):
     return found.with_max_length(given['max_length']) if given['max_length'] else found
 
 # %% ../nbs/41_cli.ipynb #75fb2b61
-def _run(model, task, recipe, output_dir, rivals, repeats, dry_run):
+def _compress(given):
+    "What `tpa_compress` was asked for, or one line that says why not"
+    with one_line_errors('tpa_compress'):
+        _run(_task(given['task'], given), _recipe(given),
+             *(given[name] for name in ('model', 'output_dir', 'rivals', 'repeats', 'dry_run')))
+
+def _run(task, recipe, model, output_dir, rivals, repeats, dry_run):
     "Compress, or say what would be done"
     from tpa_nb.compress import compress, plan_compress
     rivals = _words(rivals) if rivals else None
@@ -109,6 +115,7 @@ def tpa_compress(
     no_train: store_true = False,   # Only prune: `model` was fine-tuned on the task before; the same as --method prune
     keep: int = None,               # Heads to keep in all
     pruning_ratio: float = 0.3,     # Share of the heads to remove, if `keep` is not given
+    neuron_ratio: float = 0.0,      # Share of the feed-forward neurons to remove as well
     min_heads: int = 1,             # Heads that every layer keeps
     round_to: int = 1,              # Heads kept per layer are a multiple of this
     iterative_steps: int = 1,       # Shares in which heads go; importance is measured again before each
@@ -130,9 +137,7 @@ def tpa_compress(
     dry_run: store_true = False,    # Say what would be done and how long it would take; write nothing
 ):
     "Prune, adapt, train, measure and save a model; leaves a folder with the model, figures and an HTML report"
-    given = locals()
-    with one_line_errors('tpa_compress'):
-        _run(model, _task(task, given), _recipe(given), output_dir, rivals, repeats, dry_run)
+    _compress(locals())
 
 # %% ../nbs/41_cli.ipynb #7e60e81d
 def _scores(model, task, warm_up_epochs, calibration, normalize, seed):

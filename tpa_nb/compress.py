@@ -24,10 +24,10 @@ import torch
 # %% ../nbs/40_compress.ipynb #578b08bf
 import tpa_nb
 from .arch import Arch
-from .importance import head_derivatives, plot_importance, ranking_stability, score_heads
+from .importance import head_derivatives, neuron_importance, plot_importance, ranking_stability, score_heads
 from .lora import add_lora, merge_lora
 from .profile import Profile, compare, profile_models, provenance
-from .prune import prune_iteratively, select_heads
+from .prune import prune_iteratively, prune_neurons, select_heads, select_neurons
 from .report import Section, definitions_html, figure_html, plot_curves, plot_structure, plot_tradeoff
 from .report import render_report, steps_html, table_html, write_report
 from .save import load_model, open_model, save_model
@@ -85,8 +85,7 @@ class _Measure:
         if epochs:
             warm_up(arch, self.task, epochs, recipe.r, recipe.lr, recipe.batch_size, recipe.seed, recipe.train,
                     mixed_precision=recipe.mixed_precision, progress=self.progress)
-        n = min(recipe.calibration, len(self.task.train))
-        self.derivatives = head_derivatives(arch, self.task.calibration(n, recipe.seed), recipe.batch_size)
+        self.derivatives = head_derivatives(arch, _calibration(self.task, recipe), recipe.batch_size)
         self.scores = score_heads(self.derivatives, recipe.normalize)
         if recipe.criterion == 'random':
             chance = torch.rand(self.scores.shape, generator=self.draw)
@@ -116,7 +115,20 @@ def _prune(arch, task, recipe, progress):
     prune_iteratively(arch, measure, recipe.keep, recipe.pruning_ratio if recipe.keep is None else None,
                       recipe.iterative_steps, recipe.scope, recipe.min_heads, recipe.round_to,
                       _held_score(task, recipe, progress), recipe.max_drop)
+    if recipe.neuron_ratio:
+        _prune_neurons(arch, task, recipe, measure.draw)
     return measure
+
+def _prune_neurons(arch, task, recipe, draw):
+    "Remove the recipe's share of neurons, in eights, from what the heads have left"
+    imp = neuron_importance(arch, _calibration(task, recipe), recipe.batch_size)
+    if recipe.criterion == 'random':
+        imp = [torch.rand(scores.shape, generator=draw).where(~scores.isnan(), scores) for scores in imp]
+    prune_neurons(arch, select_neurons(imp, pruning_ratio=recipe.neuron_ratio, round_to=8))
+
+def _calibration(task, recipe):
+    "The training examples on which importance is measured"
+    return task.calibration(min(recipe.calibration, len(task.train)), recipe.seed)
 
 # %% ../nbs/40_compress.ipynb #70b92887
 def _stability(measure):
@@ -165,6 +177,7 @@ class Recipe:
     method: str = 'prune-lora'           # A name in `recipe_methods`
     keep: int | None = None              # Heads to keep in all; by default `pruning_ratio` decides
     pruning_ratio: float = 0.3           # Share of the heads to remove (the paper: 44 of 144)
+    neuron_ratio: float = 0.0            # Share of the feed-forward neurons to remove as well
     min_heads: int = 1                   # Heads that every layer keeps
     round_to: int = 1                    # Heads kept per layer are a multiple of this
     scope: str = 'global'                # Rank heads over the whole model or per 'layer'
@@ -213,7 +226,7 @@ def _check_recipe(recipe):
             raise ValueError(f"`{name}` must be above 0, got {value!r}")
     if recipe.max_drop is not None and not recipe.max_drop >= 0:
         raise ValueError(f"`max_drop` must be 0 or more, got {recipe.max_drop!r}")
-    for name in ('warm_up', 'pruning_ratio', 'holdout'):
+    for name in ('warm_up', 'pruning_ratio', 'neuron_ratio', 'holdout'):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"`{name}` must be in [0, 1), got {getattr(recipe, name)!r}")
 
@@ -221,7 +234,7 @@ def _check_recipe(recipe):
 RIVALS = {'full': ('full fine-tuning', dict(method='full')),
           'lora': ('LoRA', dict(method='lora')),
           'paper': ('Prune-LoRA (paper)', dict(method='prune-lora', warm_up=0, iterative_steps=1, max_drop=None,
-                                               ranks='top')),
+                                               neuron_ratio=0.0, ranks='top')),
           'random': ('random heads', dict(criterion='random')),
           'unpruned': ('unpruned', dict(method='none'))}
 _TITLES = {'prune-lora': 'Prune-LoRA (tpa_nb)', 'full': 'full fine-tuning', 'lora': 'LoRA', 'prune': 'pruned',

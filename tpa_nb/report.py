@@ -391,6 +391,10 @@ def _prune(e) -> str:
     score = f"; score on held-out training rows {e['score']:.3f}, {e['unpruned']:.3f} before" if 'score' in e else ''
     return f"Removed {total if removed else 'heads'}{left}{f' ({where})' if where else ''}{score}."
 
+def _prune_neurons(e) -> str:
+    removed, left = sum(e.get('removed', {}).values()), sum(e.get('kept', ()))
+    return f"Removed {_count(removed, 'neuron')}{f', {left:,} are left' if left else ''}."
+
 def _add_lora(e) -> str:
     ranks = e.get('ranks', [e['r']] if 'r' in e else [])
     said = f" of ranks {' '.join(map(str, ranks))}" if len(set(ranks)) > 1 else f' of rank {ranks[0]}' if ranks else ''
@@ -410,7 +414,8 @@ def _stop(e) -> str:
     most = f", more than {e['max_drop']:g}" if 'max_drop' in e else ''
     return f"Stopped pruning and took the last share of heads back:{fell or ' the score fell'}{most}."
 
-_SAY = {'warm_up': _warm_up, 'prune_heads': _prune, 'stop_pruning': _stop, 'add_lora': _add_lora, 'finetune': _finetune,
+_SAY = {'warm_up': _warm_up, 'prune_heads': _prune, 'stop_pruning': _stop, 'add_lora': _add_lora,
+        'finetune': _finetune, 'prune_neurons': _prune_neurons,
         'merge_lora': lambda e: 'Merged the adapters into the weights: the model is a plain one again.'}
 
 # %% ../nbs/35_report.ipynb #48853d17
