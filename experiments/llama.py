@@ -9,7 +9,6 @@ temperature 1. Training stories serve importance and recovery; the validation st
 Each cell leaves a file in experiments/results/llama; nbs/results/llama.ipynb draws what exists.
 """
 import json
-import math
 import tempfile
 from functools import lru_cache, partial
 from itertools import product
@@ -44,7 +43,7 @@ def grid(seeds):
     "What goes, how much of it, chosen how"
     found = [Cell('stories', 'none', seed=seed) for seed in seeds]
     for seed, ratio, kind in product(seeds, RATIOS, KINDS):
-        found += [Cell('stories', f'{kind}', f'ratio={ratio}', seed)]
+        found += [Cell('stories', kind, f'ratio={ratio}', seed)]
         if kind != 'heads-within':
             found += [Cell('stories', f'{kind}-random', f'ratio={ratio}', seed)]
     return found
@@ -113,7 +112,8 @@ def run(cell, model_dir, cache):
         train, held = task.split(0.2, 0)
         task = text_task('stories', train.rows['text'][:], held.rows['text'][:], max_length=LENGTH)
     kind, is_random = cell.method.removesuffix('-random'), cell.method.endswith('-random')
-    found = {'unpruned': score(), 'dense_params': count_params(arch)['params'], 'dense_flops': count_flops(arch, 1, LENGTH)}
+    found = {'unpruned': score(), 'dense_params': count_params(arch)['params'],
+             'dense_flops': count_flops(arch, 1, LENGTH)}
     if kind != 'none':
         cut(arch, task, 'both' if kind == 'tune' else kind, ratio, is_random, cell.seed)
     found |= {'pruned': score(), 'params': count_params(arch)['params'], 'flops': count_flops(arch, 1, LENGTH),
@@ -126,7 +126,7 @@ def run(cell, model_dir, cache):
             'recipe': dict(rank=RANK, targets=TARGETS, epochs=EPOCHS, batch_size=BATCH, calibration=256,
                            lr=float(choices['lr']) if kind == 'tune' else best_rate(), max_length=LENGTH),
             'rows': {'train': len(task.train), 'validation': len(task.validation)},
-            'steps': sum(h.get('steps', 0) for h in arch.history), 'loss_per_token': math.log(score())}
+            'steps': sum(h.get('steps', 0) for h in arch.history)}
 
 
 @call_parse

@@ -23,8 +23,7 @@ from transformers import Cache
 # %% ../nbs/16_budget.ipynb #c171064f
 from .arch import FFN, Arch, Attention
 from .hardware import _in_turns
-from .importance import _as_batches, _frozen, _in_place, _losses_of, _record_hook, _record_product
-from .importance import model_inputs, n_columns
+from .importance import _in_place, _mean_absolute, _record_hook, _record_product, model_inputs, n_columns
 from .profile import _check_arch, _check_count, _check_together, _cpu_name, _evaluating, _random_batch, _wait_for
 from .profile import count_flops
 from .prune import _check_neurons, _check_selection, _head_units, _in_order, _units, prune_heads, prune_neurons
@@ -36,19 +35,20 @@ class Scores(NamedTuple):
     heads: torch.Tensor          # (attentions, heads of the original model), `nan` where one is gone
     neurons: list[torch.Tensor]  # For each feed-forward layer (neurons of the original model,)
 
-def _gate_derivatives(arch, attns, ffns, batch, loss_fn):
-    "For each of `attns`, then of `ffns`: (B, heads or neurons that are there), the derivative of each example's loss"
+def _gate_derivatives(arch, batch, loss_fn):
+    "For each attention with heads, then each FFN: (B, heads or neurons), the derivative of each example's loss"
+    attns, ffns = [a for a in arch.attns if a.n_heads], arch.ffns
     heads, neurons, n = {}, {}, len(batch['labels'])
     def before(ffn):
         return lambda module, args: (_record_product(args[0], None, n, ffn.row, neurons), *args[1:])
-    hooks = [a.o.site.register_forward_pre_hook(_record_hook(a, heads)) for a in attns if a.n_heads]
+    hooks = [a.o.site.register_forward_pre_hook(_record_hook(a, heads)) for a in attns]
     hooks += [f.down.site.register_forward_pre_hook(before(f)) for f in ffns]
     try:
         loss_fn(arch.model(**model_inputs(arch, batch)), batch).sum().backward()
     finally:
         for hook in hooks:
             hook.remove()
-    parts = [(a, heads) for a in attns if a.n_heads] + [(f, neurons) for f in ffns]
+    parts = [(a, heads) for a in attns] + [(f, neurons) for f in ffns]
     for part, store in parts:
         if part.row not in store or not store[part.row].isfinite().all():
             what = 'derivatives that are not finite' if part.row in store else 'no derivative'
@@ -63,16 +63,8 @@ def structure_importance(
     loss_fn: Callable | None = None,      # (outputs, batch) to the loss of each example, (B,); else the task's
 ) -> Scores:                              # Loss per example
     "Score heads and neurons alike: the mean absolute derivative of an example's loss in a gate on the output"
-    attns, ffns, sums, n = arch.attns, arch.ffns, [], 0
-    loss_fn = loss_fn or _losses_of(arch, data)
-    with _frozen(arch.model):
-        for batch in _as_batches(arch, data, batch_size):
-            found = [d.abs().sum(0) for d in _gate_derivatives(arch, attns, ffns, batch, loss_fn)]
-            sums = [s + d for s, d in zip(sums, found)] if sums else found
-            n += len(batch['labels'])
-    if not n:
-        raise ValueError("`data` is empty; importance needs labelled examples")
-    means = iter([s.cpu() / n for s in sums])
+    means = iter(_mean_absolute(arch, data, batch_size, loss_fn, _gate_derivatives))
+    attns, ffns = arch.attns, arch.ffns
     heads = torch.full((len(attns), n_columns(arch)), float('nan'))
     for a in (a for a in attns if a.n_heads):
         heads[a.row, list(a.heads)] = next(means)

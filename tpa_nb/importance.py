@@ -317,16 +317,21 @@ def neuron_importance(
     loss_fn: Callable | None = None,      # (outputs, batch) to the loss of each example, (B,); else the task's
 ) -> list[torch.Tensor]:                  # For each of `arch.ffns` (neurons of the original model,), `nan` where gone
     "Score every neuron by how strongly each example's loss reacts to its weights (Zuo et al. 2022, MoEBERT)"
+    means = _mean_absolute(arch, data, batch_size, loss_fn, _neuron_derivatives)
+    return [_in_place(ffn, mean) for ffn, mean in zip(arch.ffns, means)]
+
+def _mean_absolute(arch, data, batch_size, loss_fn, derivatives):
+    "Mean over all examples of the absolute values of what `derivatives(arch, batch, loss_fn)` lists, (B, units) each"
     arch.check_weights()
     sums, n, loss_fn = [], 0, loss_fn or _losses_of(arch, data)
     with _frozen(arch.model):
         for batch in _as_batches(arch, data, batch_size):
-            found = [d.abs().sum(0) for d in _neuron_derivatives(arch, batch, loss_fn)]
+            found = [d.abs().sum(0) for d in derivatives(arch, batch, loss_fn)]
             sums = [s + d for s, d in zip(sums, found)] if sums else found
             n += len(batch['labels'])
     if not n:
         raise ValueError("`data` is empty; importance needs labelled examples")
-    return [_in_place(ffn, s.cpu() / n) for ffn, s in zip(arch.ffns, sums)]
+    return [s.cpu() / n for s in sums]
 
 def _in_place(ffn, scores):
     "`scores` of the neurons that are there, at their original ids"

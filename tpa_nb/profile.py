@@ -153,8 +153,7 @@ def flops_by_part(
     projections, ffn = _layer_flops(arch, batch_size * seq_len)
     widths = sum(a.n_heads * a.head_dim for a in arch.attns)
     rows = batch_size * (seq_len if arch.head_on_tokens else 1)
-    poolers = arch.poolers if arch.task_type != 'token_cls' else []
-    ends = [arch.base.get_submodule(name) for name in poolers + arch.output_modules]
+    ends = [arch.base.get_submodule(name) for name in arch.poolers + arch.output_modules]
     embed = [arch.base.get_submodule(name) for name in arch.embed_modules]  # ELECTRA's embeddings are narrower
     return {'embedding projection': sum(_module_flops(part, batch_size * seq_len) for part in embed),
             'attention projections': projections,
