@@ -12,6 +12,7 @@ from .hardware import *
 from .checks import *
 from .text import *
 from .budget import *
+from .ffn import *
 from .report import *
 from .compress import *
 from .runner import *

@@ -47,6 +47,7 @@ class FFNNames:
     up: str                  # d_model to d_ff
     down: str                # d_ff to d_model
     gate: str | None = None  # The second projection to d_ff of a gated FFN (SwiGLU and its kin)
+    act: str | None = None   # The activation function, a module
 
 # %% ../nbs/00_arch.ipynb #c347720d
 @dataclass(frozen=True)
@@ -339,7 +340,7 @@ class FFN:
     def gate(self) -> Projection | None:
         return Projection(self.root, f'{self.path}.{self.names.gate}') if self.names.gate else None
     @property
-    def d_ff(self) -> int: return self.up.out_features
+    def d_ff(self) -> int: return getattr(self.down.linear, 'd_ff', None) or self.up.out_features
     @property
     def neurons(self) -> tuple[int, ...]: return getattr(self.down.linear, '_tpa_neurons', tuple(range(self.d_ff)))
     @property
@@ -363,6 +364,41 @@ def keep_neurons(
         proj.keep_out(index)
     self.down.keep_in(index)
     self.down.linear._tpa_neurons, self.down.linear._tpa_d_ff = tuple(there[i] for i in positions), of
+
+# %% ../nbs/00_arch.ipynb #126521d3
+def _longer(param, new, dim):
+    "A parameter that holds `param` and behind it `new` along `dim`"
+    both = torch.cat([param.detach(), new.to(param)], dim)
+    return nn.Parameter(both.contiguous(), requires_grad=param.requires_grad)
+
+@patch
+def add_neurons(
+    self: FFN,
+    up: torch.Tensor,                       # (n, D) rows of the up projection
+    down: torch.Tensor,                     # (D, n) columns of the down projection
+    gate: torch.Tensor | None = None,       # (n, D) rows of the gate, where there is one
+    up_bias: torch.Tensor | None = None,    # (n,); zero if not given
+    gate_bias: torch.Tensor | None = None,  # (n,); zero if not given
+) -> None:
+    "Append n neurons, whose ids follow those of the original model"
+    n, width = up.shape
+    biased = all(b is None or p and p.bias is not None for p, b in ((self.up, up_bias), (self.gate, gate_bias)))
+    fits = (down.shape, width, gate is None) == ((self.down.out_features, n), self.up.in_features, self.gate is None)
+    if not (fits and biased):
+        raise ValueError(f"`up` {tuple(up.shape)}, `down` {tuple(down.shape)} and `gate` do not fit {self.name}: "
+                         f"(n, {self.up.in_features}), ({self.down.out_features}, n), gate: {self.gate is not None}, "
+                         f"biases: {self.up.bias is not None}")
+    ids, of = self.neurons, self.d_ff_orig
+    for proj, weight, bias in filter(lambda entry: entry[0], ((self.up, up, up_bias), (self.gate, gate, gate_bias))):
+        layer, transposed = proj.linear, proj.is_transposed
+        layer.weight = _longer(layer.weight, weight.T if transposed else weight, int(transposed))
+        if layer.bias is not None:
+            layer.bias = _longer(layer.bias, layer.bias.new_zeros(n) if bias is None else bias, 0)
+        setattr(layer, 'nf' if transposed else 'out_features', layer.weight.shape[int(transposed)])
+    layer, transposed = self.down.linear, self.down.is_transposed
+    layer.weight = _longer(layer.weight, down.T if transposed else down, int(not transposed))
+    setattr(layer, 'nx' if transposed else 'in_features', len(ids) + n)
+    layer._tpa_neurons, layer._tpa_d_ff = (*ids, *range(of, of + n)), of + n
 
 # %% ../nbs/00_arch.ipynb #7130abe2
 class Arch:
@@ -401,7 +437,7 @@ def _layers(base, family):
 
 def _names_of(part):
     "Every name in an `AttnNames` or `FFNNames`"
-    fields = ('module', 'q', 'k', 'v', 'o') if isinstance(part, AttnNames) else ('up', 'down', 'gate')
+    fields = ('module', 'q', 'k', 'v', 'o') if isinstance(part, AttnNames) else ('up', 'down', 'gate', 'act')
     return [getattr(part, f) for f in fields if getattr(part, f)]
 
 def _ffn_names(stack, path, names):

@@ -21,7 +21,8 @@ from .arch import families, register_family
 _BERT_ATTN = AttnNames('attention.self', 'attention.self.query', 'attention.self.key', 'attention.self.value',
                        'attention.output.dense', head_dim='attention_head_size',
                        sizes=(('num_attention_heads', 'n_heads'), ('all_head_size', 'width')))
-_BERT_STACK = Stack('encoder.layer', (_BERT_ATTN,), FFNNames('intermediate.dense', 'output.dense'))
+_BERT_FFN = FFNNames('intermediate.dense', 'output.dense', act='intermediate.intermediate_act_fn')
+_BERT_STACK = Stack('encoder.layer', (_BERT_ATTN,), _BERT_FFN)
 _BERT_TINY = dict(vocab_size=261, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
                   max_position_embeddings=160, initializer_range=0.2, pad_token_id=0)
 
@@ -33,7 +34,8 @@ register_family(Family('electra', (_BERT_STACK,), embed=('embeddings_project',),
 # %% ../nbs/01_families.ipynb #9ae32685
 _DISTILBERT_ATTN = AttnNames('attention', 'attention.q_lin', 'attention.k_lin', 'attention.v_lin', 'attention.out_lin',
                              head_dim='attention_head_size', sizes=(('n_heads', 'n_heads'), ('dim', 'width')))
-_DISTILBERT_STACK = Stack('transformer.layer', (_DISTILBERT_ATTN,), FFNNames('ffn.lin1', 'ffn.lin2'))
+_DISTILBERT_FFN = FFNNames('ffn.lin1', 'ffn.lin2', act='ffn.activation')
+_DISTILBERT_STACK = Stack('transformer.layer', (_DISTILBERT_ATTN,), _DISTILBERT_FFN)
 _DISTILBERT_TINY = dict(vocab_size=261, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=160,
                         initializer_range=0.2, pad_token_id=0)
 
@@ -46,7 +48,8 @@ _OPT_ATTN = AttnNames('self_attn', 'self_attn.q_proj', 'self_attn.k_proj', 'self
 _OPT_TINY = dict(vocab_size=261, hidden_size=32, word_embed_proj_dim=16, num_hidden_layers=2, num_attention_heads=4,
                  ffn_dim=64, max_position_embeddings=160, init_std=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
-register_family(Family('opt', (Stack('decoder.layers', (_OPT_ATTN,), FFNNames('fc1', 'fc2')),), head=('score',),
+_OPT_STACK = Stack('decoder.layers', (_OPT_ATTN,), FFNNames('fc1', 'fc2', act='activation_fn'))
+register_family(Family('opt', (_OPT_STACK,), head=('score',),
                        head_on_tokens=True, embed=('decoder.project_in', 'decoder.project_out'), tiny=_OPT_TINY))
 
 # %% ../nbs/01_families.ipynb #945ed649
@@ -55,13 +58,14 @@ _GPT2_ATTN = AttnNames('attn', 'attn.c_attn', 'attn.c_attn', 'attn.c_attn', 'att
 _GPT2_TINY = dict(vocab_size=261, n_embd=32, n_layer=2, n_head=4, n_inner=64, n_positions=160, initializer_range=0.2,
                   pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
-register_family(Family('gpt2', (Stack('h', (_GPT2_ATTN,), FFNNames('mlp.c_fc', 'mlp.c_proj')),),
+register_family(Family('gpt2', (Stack('h', (_GPT2_ATTN,), FFNNames('mlp.c_fc', 'mlp.c_proj', act='mlp.act')),),
                        head=('score', 'classifier'), head_on_tokens=True, tiny=_GPT2_TINY))
 
 # %% ../nbs/01_families.ipynb #56e958bf
 _LLAMA_ATTN = AttnNames('self_attn', 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'self_attn.o_proj',
                         sizes=(('num_key_value_groups', 'group_size'),))
-_LLAMA_STACK = Stack('layers', (_LLAMA_ATTN,), FFNNames('mlp.up_proj', 'mlp.down_proj', 'mlp.gate_proj'))
+_LLAMA_FFN = FFNNames('mlp.up_proj', 'mlp.down_proj', 'mlp.gate_proj', 'mlp.act_fn')
+_LLAMA_STACK = Stack('layers', (_LLAMA_ATTN,), _LLAMA_FFN)
 _LLAMA_TINY = dict(vocab_size=261, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                    intermediate_size=64, max_position_embeddings=160, initializer_range=0.2, pad_token_id=0,
                    bos_token_id=1, eos_token_id=2)
@@ -114,7 +118,8 @@ def _t5_attn(module, kind='self'):
 
 def _t5_ffn(module):
     "Names of T5's feed-forward part, plain and gated"
-    return (FFNNames(f'{module}.wi', f'{module}.wo'), FFNNames(f'{module}.wi_1', f'{module}.wo', f'{module}.wi_0'))
+    return (FFNNames(f'{module}.wi', f'{module}.wo', act=f'{module}.act'),
+            FFNNames(f'{module}.wi_1', f'{module}.wo', f'{module}.wi_0', f'{module}.act'))
 
 _T5_ENCODER = Stack('encoder.block', (_t5_attn('layer.0.SelfAttention'),), _t5_ffn('layer.1.DenseReluDense'))
 _T5_DECODER = Stack('decoder.block', (_t5_attn('layer.0.SelfAttention'), _t5_attn('layer.1.EncDecAttention', 'cross')),
