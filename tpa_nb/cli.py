@@ -70,7 +70,9 @@ def _task(task, given):
     from tpa_nb.tasks import Task, load_task
     if given['train_file']:
         found = Task.from_files(given['train_file'], given['validation_file'] or None,
-                                text_columns=_words(given['text_columns']) or None, label_column=given['label_column'])
+                                text_columns=_words(given['text_columns']) or None, label_column=given['label_column'],
+                                label_names=_words(given['label_names']) or None,
+                                regression=given['regression'] or None)
     elif given['validation_file']:
         raise ValueError(f"`validation_file` {given['validation_file']!r} needs a `train_file` beside it")
     else:
@@ -109,6 +111,8 @@ def tpa_compress(
     validation_file: str = '',      # Its validation rows; a tenth of the training rows if not given
     text_columns: str = '',         # Its text column, or two with a comma
     label_column: str = 'label',    # Its label column
+    label_names: str = '',          # Names of its labels 0, 1, ... with commas; else in the order of the alphabet
+    regression: store_true = False, # Its labels are numbers to predict, whole ones too
     max_length: int = 0,            # Tokens at which texts are cut; the task's own if 0
     output_dir: str = 'tpa_out',    # Folder for the model, the figures and the report
     method: str = 'prune-lora',     # What to do: 'prune-lora', 'lora', 'full' or 'prune'
@@ -116,6 +120,8 @@ def tpa_compress(
     keep: int = None,               # Heads to keep in all
     pruning_ratio: float = 0.3,     # Share of the heads to remove, if `keep` is not given
     neuron_ratio: float = 0.0,      # Share of the feed-forward neurons to remove as well
+    flops_ratio: float = None,      # Instead: share of the FLOPs that may be left, heads and neurons together
+    latency_ratio: float = None,    # Instead: share of the time that may be left, as measured on this machine
     min_heads: int = 1,             # Heads that every layer keeps
     round_to: int = 1,              # Heads kept per layer are a multiple of this
     iterative_steps: int = 1,       # Shares in which heads go; importance is measured again before each
@@ -199,6 +205,8 @@ def tpa_importance(
     validation_file: str = '',         # Its validation rows; a tenth of the training rows if not given
     text_columns: str = '',            # Its text column, or two with a comma
     label_column: str = 'label',       # Its label column
+    label_names: str = '',             # Names of its labels 0, 1, ... with commas; else in the order of the alphabet
+    regression: store_true = False,    # Its labels are numbers to predict, whole ones too
     max_length: int = 0,               # Tokens at which texts are cut; the task's own if 0
     warm_up: float = None,             # Passes of LoRA before measuring; by default 1 if the head is new, else 0
     calibration: int = 512,            # Training examples on which importance is measured

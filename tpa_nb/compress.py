@@ -24,9 +24,10 @@ import torch
 # %% ../nbs/40_compress.ipynb #578b08bf
 import tpa_nb
 from .arch import Arch
+from .budget import Scores, latency_table, prune_within, select_within, structure_importance
 from .importance import head_derivatives, neuron_importance, plot_importance, ranking_stability, score_heads
 from .lora import add_lora, merge_lora
-from .profile import Profile, compare, profile_models, provenance
+from .profile import Profile, _task_length, compare, count_flops, profile_models, provenance
 from .prune import prune_iteratively, prune_neurons, select_heads, select_neurons
 from .report import Section, definitions_html, figure_html, plot_curves, plot_structure, plot_tradeoff
 from .report import render_report, steps_html, table_html, write_report
@@ -94,14 +95,14 @@ class _Measure:
 
 # %% ../nbs/40_compress.ipynb #8d31fdce
 def _held_score(task, recipe, progress):
-    "A function that scores a model on a slice of the training rows, if the recipe watches the score"
+    "A function that scores a model on a slice of the training rows, higher is better, if the recipe watches the score"
     if recipe.max_drop is None:
         return None
     rows = task.split(recipe.holdout, recipe.seed)[1]
     def score(arch):
         found = evaluate_model(arch, task, rows)[task.main_metric]
         _say(progress, f'    {sum(a.n_heads for a in arch.attns)} heads: {found:.3f} on {len(rows)} training rows')
-        return found
+        return found if task.greater_is_better else -found
     return score
 
 def _say(progress, text):
@@ -112,6 +113,10 @@ def _say(progress, text):
 def _prune(arch, task, recipe, progress):
     "Prune `arch` by the recipe; what was measured last comes back"
     measure = _Measure(task, recipe, progress)
+    if recipe.flops_ratio or recipe.latency_ratio:
+        measure(arch)
+        _prune_to_budget(arch, task, recipe, measure.draw)
+        return measure
     prune_iteratively(arch, measure, recipe.keep, recipe.pruning_ratio if recipe.keep is None else None,
                       recipe.iterative_steps, recipe.scope, recipe.min_heads, recipe.round_to,
                       _held_score(task, recipe, progress), recipe.max_drop)
@@ -125,6 +130,20 @@ def _prune_neurons(arch, task, recipe, draw):
     if recipe.criterion == 'random':
         imp = [torch.rand(scores.shape, generator=draw).where(~scores.isnan(), scores) for scores in imp]
     prune_neurons(arch, select_neurons(imp, pruning_ratio=recipe.neuron_ratio, round_to=8))
+
+def _prune_to_budget(arch, task, recipe, draw):
+    "Remove the heads and neurons that one budget of FLOPs or of measured time does not allow"
+    imp = structure_importance(arch, _calibration(task, recipe), recipe.batch_size)
+    if recipe.criterion == 'random':
+        chance = lambda scores: torch.rand(scores.shape, generator=draw).where(~scores.isnan(), scores)
+        imp = Scores(chance(imp.heads), [chance(scores) for scores in imp.neurons])
+    size = dict(batch_size=recipe.batch_size, seq_len=_task_length(arch, task))
+    if recipe.flops_ratio:
+        budget = dict(flops=recipe.flops_ratio * count_flops(arch, **size), **size)
+    else:
+        table = latency_table(arch, **size)
+        budget = dict(latency=recipe.latency_ratio * table.predict(arch), table=table)
+    prune_within(arch, select_within(arch, *imp, min_heads=recipe.min_heads, round_to=8, **budget))
 
 def _calibration(task, recipe):
     "The training examples on which importance is measured"
@@ -178,6 +197,8 @@ class Recipe:
     keep: int | None = None              # Heads to keep in all; by default `pruning_ratio` decides
     pruning_ratio: float = 0.3           # Share of the heads to remove (the paper: 44 of 144)
     neuron_ratio: float = 0.0            # Share of the feed-forward neurons to remove as well
+    flops_ratio: float | None = None     # Instead of both: share of the FLOPs that may be left, heads and neurons
+    latency_ratio: float | None = None   # Instead of both: share of the time that may be left, as measured here
     min_heads: int = 1                   # Heads that every layer keeps
     round_to: int = 1                    # Heads kept per layer are a multiple of this
     scope: str = 'global'                # Rank heads over the whole model or per 'layer'
@@ -229,12 +250,26 @@ def _check_recipe(recipe):
     for name in ('warm_up', 'pruning_ratio', 'neuron_ratio', 'holdout'):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"`{name}` must be in [0, 1), got {getattr(recipe, name)!r}")
+    _check_budget(recipe)
+
+def _check_budget(recipe):
+    "Raise unless there is at most one way in which the recipe says how much goes"
+    given = [n for n in ('flops_ratio', 'latency_ratio') if getattr(recipe, n) is not None]
+    for name in given:
+        if not 0 < getattr(recipe, name) <= 1:
+            raise ValueError(f"`{name}` must be above 0 and at most 1, got {getattr(recipe, name)!r}")
+    others = dict(keep=None, neuron_ratio=0.0, iterative_steps=1, max_drop=None)
+    beside = given[1:] + [n for n, default in others.items() if getattr(recipe, n) != default]
+    if given and beside:
+        raise ValueError(f"`{given[0]}` decides alone, in one step, how much goes; leave out `{beside[0]}`, "
+                         f"which is {getattr(recipe, beside[0])!r}")
 
 # %% ../nbs/40_compress.ipynb #12e14552
 RIVALS = {'full': ('full fine-tuning', dict(method='full')),
           'lora': ('LoRA', dict(method='lora')),
           'paper': ('Prune-LoRA (paper)', dict(method='prune-lora', warm_up=0, iterative_steps=1, max_drop=None,
-                                               neuron_ratio=0.0, ranks='top')),
+                                               neuron_ratio=0.0, flops_ratio=None, latency_ratio=None,
+                                               ranks='top')),
           'random': ('random heads', dict(criterion='random')),
           'unpruned': ('unpruned', dict(method='none'))}
 _TITLES = {'prune-lora': 'Prune-LoRA (tpa_nb)', 'full': 'full fine-tuning', 'lora': 'LoRA', 'prune': 'pruned',
@@ -350,11 +385,12 @@ def _profiles(done, task, repeats):
 
 def _collapsed(
     scores: dict[str, float],  # Main score by name
-    majority: float,           # Score of the constant answer
+    majority: float | None,    # Score of the constant answer; None where there is none
     margin: float = 0.01,      # What counts as above it
 ) -> list[str]:                # Names that are not above it
     "Name the models that learnt nothing"
-    return [name for name, score in scores.items() if not score > majority + margin]
+    least = majority + margin if majority is not None else -math.inf
+    return [name for name, score in scores.items() if not score > least]
 
 # %% ../nbs/40_compress.ipynb #1f0715b9
 def _curve(history):
@@ -385,6 +421,7 @@ def _figures(done, profiles, task):
 _CAPTIONS = {
     'tradeoff': 'Score against the measured time of a forward pass. Up and to the left is better; the dashed line is '
                 'what the best constant answer scores.',
+    'tradeoff of losses': 'Score against the measured time of a forward pass. Down and to the left is better.',
     'importance': 'How strongly the loss reacts to each head. Bright heads were kept first; rows are blocks.',
     'structure': 'Heads left in each attention, and the rank of its adapters before they were merged.',
     'curves': 'Training loss by step. A curve with a jump has been pruned there.'}
@@ -394,15 +431,20 @@ def _sections(model, task, recipe, table, done, figures, notes):
     "The report's sections"
     asked = {'model': model, 'task': task.name, 'source': task.source, 'training rows': f'{len(task.train):,}',
              'validation rows': f'{len(task.validation):,}', **asdict(recipe)}
-    shown = {k: figure_html(f, _CAPTIONS[k], _CAPTIONS[k].split('.')[0]) for k, f in figures.items()}
-    caption = (f'{task.main_metric} on {len(task.validation):,} validation rows; the best constant answer '
-               f'scores {task.majority:.3f}. {table.attrs.get("measured", "")}')
+    captions = _CAPTIONS if task.greater_is_better else {**_CAPTIONS, 'tradeoff': _CAPTIONS['tradeoff of losses']}
+    shown = {k: figure_html(f, captions[k], captions[k].split('.')[0]) for k, f in figures.items()}
+    caption = (f'{task.main_metric} on {len(task.validation):,} validation rows'
+               f'{_constant(task.majority)}. {table.attrs.get("measured", "")}')
     return [Section('Result', table_html(table, caption) + notes + shown['tradeoff']),
             Section('What was asked', definitions_html(asked)),
             Section('What was done', steps_html(done[-1].arch.history)),
             *([Section('Importance', shown['importance'])] if 'importance' in shown else []),
             Section('Structure', shown['structure']),
             *([Section('Training', shown['curves'])] if 'curves' in shown else [])]
+
+def _constant(majority):
+    "What the best constant answer scores, as the end of a sentence; nothing where there is none"
+    return '' if majority is None else f'; the best constant answer scores {majority:.3f}'
 
 def _notes(done, task):
     "Sentences under the table, as HTML"
@@ -500,16 +542,16 @@ class Result:
     table: pd.DataFrame            # One row per variant
     profiles: dict[str, Profile]   # The figures behind it
     scores: dict[str, dict]        # All validation scores by variant
-    majority: float                # Score of the constant answer
+    majority: float | None         # Score of the constant answer; None where there is none
     importance: torch.Tensor | None  # Head scores that decided
     recipe: Recipe                 # What was asked
     folder: Path | None            # Where model, figures and report are
 
     def __repr__(self):
-        return f'{self.table!r}\nthe best constant answer: {self.majority:.3f}'
+        return f'{self.table!r}\n{_constant(self.majority)[2:]}'.rstrip()
 
     def _repr_html_(self):
-        return f'{self.table.to_html()}<p>The best constant answer: {self.majority:.3f}</p>'
+        return f'{self.table.to_html()}<p>{_constant(self.majority)[2:]}</p>'
 
 # %% ../nbs/40_compress.ipynb #245ce62c
 def compress(

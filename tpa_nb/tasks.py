@@ -240,8 +240,9 @@ def provenance(self: Task) -> dict:
     "What a report says about the data: source, sizes, labels, majority score, overlap, and a SHA-256 of each split"
     splits = {split: getattr(self, split) for split in ('train', 'validation')}
     texts = {split: list(zip(*(rows[name][:] for name in self.text_columns))) for split, rows in splits.items()}
-    overlap = len(set(texts['train']) & set(texts['validation']))
-    lines = {split: json.dumps([texts[split], rows['label'][:]]) for split, rows in splits.items()}
+    overlap = len(set(map(str, texts['train'])) & set(map(str, texts['validation'])))
+    labels = {split: rows['label'][:] if 'label' in rows.column_names else [] for split, rows in splits.items()}
+    lines = {split: json.dumps([texts[split], labels[split]]) for split in splits}
     return {'task': self.name, 'source': self.source, 'partial': self.partial,
             'rows': {split: len(rows) for split, rows in splits.items()}, 'overlap': overlap,
             'text_columns': list(self.text_columns), 'label_names': self.label_names and list(self.label_names),

@@ -177,7 +177,7 @@ class Perplexity(_LocalMetric):
 class TextTask(Task):
     "Text to model, or to write given a source; made by `text_task`"
     task_type: str = 'causal_lm'                                   # 'causal_lm' or 'seq_2_seq_lm'
-    num_labels, model_kwargs, majority = None, {}, float('nan')    # no classes, and no constant answer
+    num_labels, model_kwargs, majority = None, {}, None    # no classes, and no constant answer
     greater_is_better = False
 
     def __post_init__(self):
