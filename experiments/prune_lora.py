@@ -3,9 +3,13 @@
     python experiments/prune_lora.py --data_dir DATA --stage tune --jobs 2
     python experiments/prune_lora.py --data_dir DATA --stage explore --jobs 2
     python experiments/prune_lora.py --data_dir DATA --jobs 2 --minutes 60
+    python experiments/prune_lora.py --data_dir DATA --stage tune-distill --jobs 2
+    python experiments/prune_lora.py --data_dir DATA --stage distill --jobs 2
 
 The first command tries learning rates on a slice of the training rows, the second procedures of pruning on the same
-slice, the third runs the grid with the best rates.
+slice, the third runs the grid with the best rates. The last two do the same for pruned models that learn from a teacher
+as well, in as many steps: 'warm-distill' from a tuned LoRA model of the same task and seed, whose own steps come on top
+and are noted with the result, 'warm-self' from the model as it was before pruning, which has had the warm-up only.
 Each cell leaves a file in experiments/results/prune_lora; what is there is not run again. `--shard i/n` divides the
 cells between machines, `--minutes` fits them into the time there is. nbs/results/prune_lora.ipynb draws what exists.
 """
@@ -19,8 +23,12 @@ import torch
 from fastcore.script import call_parse, store_true
 
 from tpa_nb.arch import Arch
-from tpa_nb.compress import Recipe, recipe_methods
+from tpa_nb.compress import Outcome, Recipe, recipe_methods
+from tpa_nb.distill import distill
+from tpa_nb.importance import head_derivatives, ranking_stability, score_heads
+from tpa_nb.lora import add_lora, merge_lora
 from tpa_nb.profile import count_flops, count_params
+from tpa_nb.prune import prune_heads, select_heads
 from tpa_nb.runner import Cell, missing_cells, read_cells, run_cells
 from tpa_nb.save import load_model, save_model
 from tpa_nb.tasks import load_task
@@ -31,6 +39,8 @@ EPOCHS = {'rte': 6, 'mrpc': 5, 'cola': 5, 'wnli': 6, 'sst2': 1, 'mnli': 1}  # pa
 RATES = {'tune-lora': (1e-3, 5e-4, 2e-3), 'tune-full': (1e-4, 2e-4)}
 TUNED = ('mrpc', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
 KEEP = (36, 24, 50)
+TEACHERS = {'warm-distill': 'lora', 'warm-self': 'self'}  # who teaches: a tuned LoRA model, the model before pruning
+WEIGHTS = (1, 5)  # weights of distillation that are tried
 WARM_UP = 0.5
 SLICE = 0.2  # share of the training rows that learning rates are chosen on
 
@@ -59,6 +69,18 @@ def exploring_grid(seeds):
             for seed, keep, way, task in product(seeds, (24, 36), ways, TUNED)]
 
 
+def distill_tuning_grid():
+    "Cells that try weights of distillation, on slices of the training rows; no teacher is wanted twice at a time"
+    return [Cell(task, 'tune-distill', setting(keep=KEEP[0], teacher=teacher, weight=weight))
+            for weight, teacher, task in product(WEIGHTS, TEACHERS.values(), TUNED)]
+
+
+def distill_grid(tasks, seeds):
+    "Cells that learn from a teacher; no teacher is wanted twice at a time"
+    return [Cell(task, method, setting(keep=keep), seed)
+            for seed, keep, method, task in product(seeds, (36, 50), TEACHERS, tasks)]
+
+
 def grid(tasks, seeds, cold=True):
     "Cells of the comparison: those that decide first, warm-ups early so that others can use them"
     found = []
@@ -82,6 +104,20 @@ def best_rate(method):
         if None in found:
             raise ValueError(f"{method} at {lr:g} has not been tried on {', '.join(TUNED)}; run --stage tune first")
         mean[lr] = sum(r[r['metric']] for r in found) / len(found)
+    return max(mean, key=mean.get)
+
+
+@lru_cache
+def best_weight(teacher):
+    "The weight of distillation with the best mean score on slices of the training rows"
+    done = {(c['task'], c['setting']): c['result'] for c in read_cells(FOLDER) if c['method'] == 'tune-distill'}
+    mean = {}
+    for weight in WEIGHTS:
+        found = [done.get((task, setting(keep=KEEP[0], teacher=teacher, weight=weight))) for task in TUNED]
+        if None in found:
+            raise ValueError(f"teacher {teacher} with weight {weight} has not been tried on {', '.join(TUNED)}; run "
+                             "--stage tune-distill first")
+        mean[weight] = sum(r[r['metric']] for r in found) / len(found)
     return max(mean, key=mean.get)
 
 
@@ -115,6 +151,32 @@ def warmed(task, recipe, cache):
     return load_model(folder)
 
 
+def taught(task, recipe, cache):
+    "A LoRA model tuned on all steps; cells of one task and seed share it"
+    folder = Path(cache) / f'teacher-{task.name}-{recipe.seed}-{recipe.lr:g}-{recipe.epochs:g}-{recipe.r}'
+    if not (folder / 'tpa.json').exists():
+        arch = Arch.from_pretrained('minilm', task, recipe.seed)
+        save_model(recipe_methods['lora'](arch, task, replace(recipe, method='lora'), False).arch, folder,
+                   overwrite=True)
+    return load_model(folder)
+
+
+def prune_and_distill(arch, task, recipe, teacher, weight):
+    "What the method 'prune-lora' does after its warm-up, with a teacher"
+    rows = task.calibration(min(recipe.calibration, len(task.train)), recipe.seed)
+    derivatives = head_derivatives(arch, rows, recipe.batch_size)
+    imp = score_heads(derivatives, recipe.normalize)
+    gone = select_heads(imp, keep=recipe.keep)
+    blocks = score_heads(derivatives, None, minmax=False)
+    for row, heads in gone.items():
+        blocks[row, heads] = float('nan')
+    add_lora(prune_heads(arch, gone), blocks, budget=recipe.r, lora_alpha=recipe.lora_alpha, targets=recipe.targets,
+             train=recipe.train, seed=recipe.seed)
+    distill(arch, teacher, task, recipe.epochs, weight, lr=recipe.lr, batch_size=recipe.batch_size, seed=recipe.seed,
+            mixed_precision=recipe.mixed_precision)
+    return Outcome(merge_lora(arch), imp, ranking_stability(derivatives, recipe.normalize))
+
+
 def slice_of(task):
     "The task with a slice of its training rows in place of the validation rows"
     train, held = task.split(SLICE, seed=0)
@@ -133,21 +195,34 @@ def run(cell, data_dir, cache):
     "Carry out one cell"
     torch.manual_seed(cell.seed)
     task = load_task(cell.task, data_dir=data_dir, partial=True)
-    recipe = recipe_of(cell)
+    recipe, asked = recipe_of(cell), choices(cell)
     part = cell.method == 'explore' or cell.method.startswith('tune')
-    task = slice_of(task) if part else task
+    task, cache = slice_of(task) if part else task, Path(cache) / ('part' if part else 'whole')
+    rest, teacher = recipe, TEACHERS.get(cell.method, asked.get('teacher'))
     if recipe.method == 'prune-lora' and recipe.warm_up and recipe.iterative_steps == 1:
-        arch = warmed(task, recipe, Path(cache) / ('part' if part else 'whole'))
+        arch = warmed(task, recipe, cache)
         rest = replace(recipe, epochs=recipe.epochs * (1 - recipe.warm_up), warm_up=0)
     else:
-        arch, rest = Arch.from_pretrained('minilm', task, recipe.seed), recipe
-    outcome = recipe_methods[rest.method](arch, task, rest, False)
-    steps = sum(h.get('steps', 0) for h in outcome.arch.history)
-    return {**answers(outcome.arch, task), 'recipe': asdict(recipe), 'steps': steps, 'stability': outcome.stability,
+        arch = Arch.from_pretrained('minilm', task, recipe.seed)
+    extra = {}
+    if teacher:
+        model = taught(task, recipe, cache) if teacher == 'lora' else arch.clone()
+        extra = {'teacher': teacher, 'weight': asked.get('weight') or best_weight(teacher),
+                 'teacher_steps': steps_of(model) if teacher == 'lora' else 0}
+        outcome = prune_and_distill(arch, task, rest, model, extra['weight'])
+    else:
+        outcome = recipe_methods[rest.method](arch, task, rest, False)
+    return {**answers(outcome.arch, task), 'recipe': asdict(recipe), 'steps': steps_of(outcome.arch), **extra,
+            'stability': outcome.stability,
             'importance': None if outcome.importance is None else outcome.importance.nan_to_num(-1).tolist(),
             'kept': [a.n_heads for a in outcome.arch.attns], 'params': count_params(outcome.arch)['params'],
             'flops': count_flops(outcome.arch), 'rows': {'train': len(task.train), 'validation': len(task.validation)},
             'partial': task.partial, 'loss': [row['loss'] for h in outcome.arch.history for row in h.get('log', [])]}
+
+
+def steps_of(arch):
+    "Steps that a model has been trained for"
+    return sum(h.get('steps', 0) for h in arch.history)
 
 
 @call_parse
@@ -155,7 +230,7 @@ def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tasks: str = 'mrpc,rte,cola',        # Tasks, with commas
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'tune' (learning rates), 'explore' (procedures) or 'grid' (the comparison)
+    stage: str = 'grid',                 # 'tune', 'explore' or 'grid'; 'tune-distill' or 'distill' with a teacher
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
@@ -167,7 +242,8 @@ def main(
         raise SystemExit('prune_lora.py: give --data_dir, a folder with <task>/train.parquet and validation.parquet')
     names = tasks.split(',')
     cells = {'tune': tuning_grid, 'explore': lambda: exploring_grid(range(seeds)),
-             'grid': lambda: grid(names, range(seeds))}[stage]()
+             'grid': lambda: grid(names, range(seeds)), 'tune-distill': distill_tuning_grid,
+             'distill': lambda: distill_grid(names, range(seeds))}[stage]()
     if dry_run:
         missing = missing_cells(cells, FOLDER)
         print(f'{len(cells) - len(missing)} of {len(cells)} cells are done; missing:')

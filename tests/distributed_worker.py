@@ -17,6 +17,7 @@ from datasets import Dataset, Value
 from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from tpa_nb.distill import Distillation
 from tpa_nb.families import tiny_arch
 from tpa_nb.lora import add_lora, merge_lora
 from tpa_nb.save import load_model, save_model
@@ -159,6 +160,13 @@ def zero(stage, arch, **kwargs):
     return {**found, 'merged': evaluate_model(arch, pairs()), 'again': again}
 
 
+def distilled(student, **kwargs):
+    "Learn from a teacher as well"
+    loss = Distillation(student, model(seed=1), pairs(), **kwargs)
+    found = train(student, pairs(), added=[loss], **SGD)
+    return {**found, 'maps': [p.tolist() for p in loss.parameters()]}
+
+
 SGD = dict(optim='sgd', lr=0.05)  # Adam turns gradients that are zero but for rounding into whole steps
 CASES = {
     'full': lambda folder: train(model(), pairs(), **SGD),
@@ -172,6 +180,8 @@ CASES = {
     'token_cls': lambda folder: tokens('llama', 'token_cls', classifier_dropout=0.0),
     'causal_lm in halves': lambda folder: tokens('llama', 'causal_lm', accumulate=2),
     'token_cls in halves': lambda folder: tokens('llama', 'token_cls', accumulate=2, classifier_dropout=0.0),
+    'distilled': lambda folder: distilled(model(), cache_dir=folder),
+    'narrow': lambda folder: distilled(model(hidden_size=16), distill_weight=0.1),
     'grouped': lambda folder: train(tiny_arch('bert'), uneven()),
     'stopped': stopped,
     'scores': scores,

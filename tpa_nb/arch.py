@@ -21,7 +21,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
-from transformers import AutoModelForTokenClassification, AutoTokenizer, Cache, PreTrainedModel
+from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification, AutoTokenizer, Cache
+from transformers import PreTrainedModel
 from transformers import logging as hf_logging
 from transformers.pytorch_utils import Conv1D
 
@@ -482,7 +483,8 @@ def attns(self: Arch) -> list[Attention]:
 @patch(as_prop=True)
 def ffns(self: Arch) -> list[FFN]:
     "Every feed-forward layer, in the order in which they run"
-    base, names = self.base, set(dict(self.base.named_modules()))
+    base = self.base
+    names = {n for n, _ in base.named_modules(remove_duplicate=False)}  # an activation may stand in two places
     found = enumerate(_layers(base, self.family))
     return [FFN(base, _ffn_names(stack, path, names), path, i, row) for row, (stack, path, i) in found]
 
@@ -496,7 +498,11 @@ def norms(self: Arch) -> list[str]:
 @patch(as_prop=True)
 def head_modules(self: Arch) -> list[str]:
     "Names of the task head's modules"
-    return [n for n in self.family.head if hasattr(self.base, n)]
+    return [n for n in _heads(self.family) if hasattr(self.base, n)]
+
+def _heads(family):
+    "Names that a task head may have; for questions it is called the same in all families"
+    return (*family.head, 'qa_outputs')
 
 @patch(as_prop=True)
 def poolers(self: Arch) -> list[str]:
@@ -515,10 +521,11 @@ def _present(arch, names):
 
 # %% ../nbs/00_arch.ipynb #eb8f2eaa
 _AUTO_MODELS = {'seq_cls': AutoModelForSequenceClassification, 'token_cls': AutoModelForTokenClassification,
-               'causal_lm': AutoModelForCausalLM, 'seq_2_seq_lm': AutoModelForSeq2SeqLM}
+               'causal_lm': AutoModelForCausalLM, 'seq_2_seq_lm': AutoModelForSeq2SeqLM,
+               'question_answering': AutoModelForQuestionAnswering}
 _ENDINGS = {'ForSequenceClassification': 'seq_cls', 'ForTokenClassification': 'token_cls',
-            'ForConditionalGeneration': 'seq_2_seq_lm', 'MTModel': 'seq_2_seq_lm',
-            'ForCausalLM': 'causal_lm', 'LMHeadModel': 'causal_lm'}
+            'ForQuestionAnswering': 'question_answering', 'ForConditionalGeneration': 'seq_2_seq_lm',
+            'MTModel': 'seq_2_seq_lm', 'ForCausalLM': 'causal_lm', 'LMHeadModel': 'causal_lm'}
 
 def _task_type(class_name):
     "What the class of a model is for; None if that is not a task"
@@ -537,7 +544,8 @@ def output_modules(self: Arch) -> list[str]:
 @patch(as_prop=True)
 def head_on_tokens(self: Arch) -> bool:
     "Does the head run on every token, not once a sequence?"
-    return self.family.head_on_tokens or self.task_type in ('token_cls', 'causal_lm', 'seq_2_seq_lm')
+    kinds = ('token_cls', 'causal_lm', 'seq_2_seq_lm', 'question_answering')
+    return self.family.head_on_tokens or self.task_type in kinds
 
 # %% ../nbs/00_arch.ipynb #c4c253dd
 @patch(as_prop=True)
@@ -698,7 +706,7 @@ def _load_quietly(path, family, seed, auto, kwargs):
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
-    own = (*family.head, *(_prefix(model, family) + n for n in family.pooler))
+    own = (*_heads(family), *(_prefix(model, family) + n for n in family.pooler))
     missing = sorted(k for k in info['missing_keys'] if not k.startswith(own))
     if missing:
         raise ValueError(f"`name` {path!r} lacks {len(missing)} weights of {type(model).__name__}, "

@@ -115,13 +115,14 @@ def tpa_compress(
     regression: store_true = False, # Its labels are numbers to predict, whole ones too
     max_length: int = 0,            # Tokens at which texts are cut; the task's own if 0
     output_dir: str = 'tpa_out',    # Folder for the model, the figures and the report
-    method: str = 'prune-lora',     # What to do: 'prune-lora', 'lora', 'full' or 'prune'
+    method: str = 'prune-lora',     # What to do: 'prune-lora', 'lora', 'full', 'prune', 'dsee' or 'moefy'
     no_train: store_true = False,   # Only prune: `model` was fine-tuned on the task before; the same as --method prune
     keep: int = None,               # Heads to keep in all
     pruning_ratio: float = 0.3,     # Share of the heads to remove, if `keep` is not given
     neuron_ratio: float = 0.0,      # Share of the feed-forward neurons to remove as well
     flops_ratio: float = None,      # Instead: share of the FLOPs that may be left, heads and neurons together
     latency_ratio: float = None,    # Instead: share of the time that may be left, as measured on this machine
+    weight_ratio: float = 0.0,      # 'dsee': share of single weights to set to zero, instead of removing heads
     min_heads: int = 1,             # Heads that every layer keeps
     round_to: int = 1,              # Heads kept per layer are a multiple of this
     iterative_steps: int = 1,       # Shares in which heads go; importance is measured again before each
@@ -132,6 +133,11 @@ def tpa_compress(
     r: int = 8,                     # Rank of plain LoRA, and the budget of 'budget'
     r_high: int = 8,                # Rank of the most important blocks, for 'top'
     r_low: int = 4,                 # Rank of the others, for 'top'
+    n_experts: int = None,          # 'moefy': experts of a layer; by default of 32 neurons each
+    k: int = None,                  # 'moefy': experts that a token runs; by default a fifth
+    expert_r: int = 32,             # 'moefy': neurons of the expert that is always on; 0 for none
+    distill_weight: float = 0.0,    # Weight of a teacher beside the labels; 0 for none
+    teacher: str = 'full',          # Who: 'full' fine-tuning of the same model, or a trained model's folder
     epochs: float = 4,              # Passes over the training rows, warm-up included
     batch_size: int = 32,           # Examples per step
     lr: float = None,               # Learning rate of adapters (2e-3 or 1e-3, by width)

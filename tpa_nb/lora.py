@@ -196,6 +196,9 @@ def merge_lora(
     bad = [n for n, p in arch.model.named_parameters() if 'lora_' in n and not p.isfinite().all()]
     if bad:
         raise ValueError(f"the adapter holds values that are not finite, first in {bad[0]!r}; nothing was merged")
+    for layer in arch.model.modules():
+        if hasattr(layer, 'check_merge'):  # adapters with masks may not be able to
+            layer.check_merge()
     arch.model = arch.model.merge_and_unload().requires_grad_(True)
     arch.history.append({'verb': 'merge_lora'})
     return arch

@@ -289,8 +289,8 @@ def _adapter(arch):
     configs = arch.model.peft_config
     other = {n: getattr(c.peft_type, 'value', c.peft_type) for n, c in configs.items() if _kind(c) is None}
     if other or not isinstance(arch.model, PeftModel):
-        raise ValueError(f"`arch` carries {other or type(arch.model).__name__}; only LoRA adapters can be saved, as PEFT "
-                         f"has them or of a registered kind: {', '.join(adapter_kinds)}")
+        raise ValueError(f"`arch` carries {other or type(arch.model).__name__}; only LoRA adapters can be saved, as "
+                         f"PEFT has them or of a registered kind: {', '.join(adapter_kinds)}")
     strange = [n for n in configs if not re.fullmatch(r'[\w-]+', n)]
     if strange:
         raise ValueError(f"`arch` has an adapter named {strange[0]!r}; use letters, digits, - and _ only")

@@ -1,0 +1,169 @@
+"""Time every plan for running experts against the dense layer that they were cut from.
+
+One feed-forward layer with random weights; each token chooses its experts at random, which is the worst case for plans
+that want many tokens per expert. Dense layer and plans run in turns on the same input; a ratio is the median over the
+turns of the plan's time by the dense layer's. What a router costs is not included; sorting the pairs of token and
+expert is.
+"""
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tpa_nb.experts import Experts, choose_plan, plans
+from tpa_nb.profile import provenance
+from tpa_nb.split import _kmeans, _within
+
+CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
+TARGETS = {(torch.float32, True, 128): {1: 0.25, 8: 0.5, 64: 0.5, 512: 0.3, 2048: 0.3},  # what the project set itself
+           (torch.float32, True, 32): {1: 0.25, 8: 0.7, 64: 0.7, 512: 0.6, 2048: 0.6}}
+
+
+def layer(d_model, d_ff, n_experts, dtype, gated, seed):
+    "Experts with random weights"
+    torch.manual_seed(seed)
+    shape = n_experts, d_ff // n_experts, d_model
+    up, down, gate = (torch.randn(shape, dtype=dtype) / d_model ** 0.5 for _ in range(3))
+    bias = torch.randn(d_model, dtype=dtype)
+    return Experts(up, down, nn.ReLU(), gate if gated else None, None if gated else up[..., 0], bias=bias)
+
+
+def dense_call(experts, x):
+    "The layer as a model has it: two products, three if gated"
+    up, down = experts.up.flatten(0, 1), experts.down.flatten(0, 1).T.contiguous()
+    if experts.gate is None:
+        bias = experts.up_bias.flatten()
+        return lambda: F.linear(experts.act(F.linear(x, up, bias)), down, experts.bias)
+    gate = experts.gate.flatten(0, 1)
+    return lambda: F.linear(experts.act(F.linear(x, gate)) * F.linear(x, up), down, experts.bias)
+
+
+def in_turns(calls, repeats, warmup, inner, clock):
+    "Milliseconds of each call, `repeats` of them; each is the mean of `inner` runs in a row"
+    times = {name: [] for name in calls}
+    for i in range(-warmup, repeats):
+        for name in (list(calls) if i % 2 == 0 else list(reversed(calls))):
+            start = clock()
+            for _ in range(inner):
+                calls[name]()
+            times[name] += [(clock() - start) / inner * 1e3] if i >= 0 else []
+    return times
+
+
+@torch.no_grad()
+def measure(experts, tokens, share, repeats, warmup, clock, seed):
+    "One row: the dense layer and every plan that can run"
+    torch.manual_seed(seed)
+    x = torch.randn(tokens, experts.d_model).to(experts.up.dtype)
+    k = max(1, round(share * experts.n_experts))
+    best = torch.rand(tokens, experts.n_experts).topk(k, -1).indices
+    chosen = torch.zeros(tokens, experts.n_experts, dtype=torch.bool).scatter(-1, best, True)
+    able = [n for n, p in plans.items() if not p.why_not(experts, x) and not (n == 'token' and tokens > 1)]
+    calls = {'dense': dense_call(experts, x)}
+    calls |= {name: lambda plan=plans[name]: plan.run(experts, x, chosen) for name in able}
+    want = plans['masked'].run(experts, x, chosen).float()
+    errors = {n: ((plans[n].run(experts, x, chosen).float() - want).norm() / want.norm()).item() for n in able}
+    times = in_turns(calls, repeats, warmup, max(1, 64 // tokens), clock)
+    ratios = {n: round(statistics.median(p / d for p, d in zip(times[n], times['dense'])), 4) for n in able}
+    torch_only = {n: r for n, r in ratios.items() if n != 'compiled'}
+    return {'tokens': tokens, 'n_experts': experts.n_experts, 'expert_size': experts.expert_size, 'k': k,
+            'gated': experts.gate is not None, 'dtype': str(experts.up.dtype).removeprefix('torch.'),
+            'ratios': ratios, 'errors': errors, 'auto': choose_plan(experts, x, chosen),
+            'best': min(ratios, key=ratios.get), 'best_without_compiler': min(torch_only, key=torch_only.get),
+            'target': TARGETS.get((experts.up.dtype, experts.gate is None, experts.expert_size), {}).get(tokens),
+            'median_ms': {n: round(statistics.median(t), 4) for n, t in times.items()},
+            'iqr_ms': {n: round(spread(t), 4) for n, t in times.items()}}
+
+
+def spread(times):
+    "Interquartile range"
+    low, _, high = statistics.quantiles(times, n=4)
+    return high - low
+
+
+def split_rows(d_model, d_ff, n_experts, clock, seeds=2):
+    "Balanced k-means on rows whose spectrum falls as a power law, and on rows in overlapping clusters"
+    rows = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        data = {'power law': torch.randn(d_ff, d_model) * torch.arange(1, d_model + 1) ** -0.5,
+                'clusters': 0.75 * torch.randn(150, d_model)[torch.randint(150, (d_ff,))] + torch.randn(d_ff, d_model)}
+        for name, x in data.items():
+            x = F.normalize(x)
+            start = clock()
+            labels = _kmeans(x, n_experts, seed)
+            seconds = clock() - start
+            rows.append({'data': name, 'seed': seed, 'seconds': round(seconds, 3),
+                         'within': round(_within(x, labels, n_experts), 4),
+                         'random': round(_within(x, torch.randperm(d_ff) % n_experts, n_experts), 4)})
+    return rows
+
+
+def parse(argv=None):
+    "The command line"
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--d_model', type=int, default=768)
+    p.add_argument('--d_ff', type=int, default=3072)
+    p.add_argument('--experts', nargs='+', type=int, default=[24, 96], help='numbers of experts; divide d_ff')
+    p.add_argument('--tokens', nargs='+', type=int, default=[1, 8, 64, 512, 2048])
+    p.add_argument('--share', type=float, default=0.2, help='share of the experts that runs')
+    p.add_argument('--dtypes', nargs='+', default=['float32'], choices=['float32', 'bfloat16', 'float16'])
+    p.add_argument('--gated', action='store_true', help='time gated layers too')
+    p.add_argument('--split', action='store_true', help='time balanced k-means too')
+    p.add_argument('--repeats', type=int, default=9, help='timed turns')
+    p.add_argument('--warmup', type=int, default=2, help='turns before the clock counts')
+    p.add_argument('--threads', type=int, default=None, help="CPU threads (default: torch's)")
+    p.add_argument('--clock', default='wall', choices=sorted(CLOCKS),
+                   help='cpu: time of this process only, for a machine that others use too; take one thread then')
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--out', type=Path, default=None, help='write the figures to this JSON file')
+    return p.parse_args(argv)
+
+
+def report(row):
+    "One line of the table"
+    ratios = ' '.join(f"{row['ratios'].get(name, float('nan')):8.3f}" for name in plans)
+    target = '' if row['target'] is None else f"  target {row['target']:.2f}"
+    return (f"{row['dtype']:9} {'gated' if row['gated'] else 'plain':6} {row['n_experts']:4} x {row['expert_size']:4} "
+            f"{row['tokens']:7} {row['median_ms']['dense']:9.3f} {ratios}  auto {row['auto']}{target}")
+
+
+def main(argv=None):
+    "Run, print and write"
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows, clock = [], CLOCKS[args.clock]
+    print(f"{'dtype':9} {'':6} {'experts':>11} {'tokens':>7} {'dense ms':>9} {' '.join(f'{n:>8}' for n in plans)}")
+    for dtype in args.dtypes:
+        for gated in (False, True)[:1 + args.gated]:
+            for n in args.experts:
+                experts = layer(args.d_model, args.d_ff, n, getattr(torch, dtype), gated, args.seed)
+                for tokens in args.tokens:
+                    rows.append(measure(experts, tokens, args.share, args.repeats, args.warmup, clock, args.seed))
+                    print(report(rows[-1]), flush=True)
+    split = split_rows(args.d_model, args.d_ff, max(args.experts), clock) if args.split else []
+    for row in split:
+        print(f"balanced k-means, {row['data']}: {row['seconds']:.2f} s, {row['within']:.4f} (random {row['random']:.4f})")
+    record = provenance()
+    print('ratios to the dense layer, medians over turns')
+    print(record)
+    if args.out:
+        given = [part for part in (argv or sys.argv[1:]) if part not in ('--out', str(args.out))]
+        result = {'benchmark': 'experts', 'd_model': args.d_model, 'd_ff': args.d_ff, 'share': args.share,
+                  'seed': args.seed, 'clock': args.clock, 'repeats': args.repeats,
+                  'command': shlex.join(['python', 'benchmarks/experts.py', *given]), 'provenance': record,
+                  'rows': rows, 'split': split}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,181 @@
+"""MoEfication and the LoRA expert: what routing loses, and what wins it back, on real data.
+
+    python experiments/moefication.py --data_dir DATA --stage tune --jobs 2
+    python experiments/moefication.py --data_dir DATA --jobs 2 --minutes 60
+
+A MiniLM is fine-tuned, ReLU-fied in the middle and fine-tuned on; that is the dense model. Its feed-forward layers are
+split into experts of which a fifth runs for each token: chosen by an oracle or by a router. Then what is left to train
+is trained for as many steps in every method: a LoRA expert, LoRA on the attentions, all weights; and, as baselines, the
+same on the dense model. The first command tries learning rates on a slice of the training rows, the second runs the
+grid. Each cell leaves a file in experiments/results/moefication; what is there is not run again.
+"""
+import tempfile
+from functools import lru_cache, partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from fastcore.script import call_parse, store_true
+from prune_lora import answers, choices, setting, slice_of
+
+from tpa_nb.arch import Arch
+from tpa_nb.lora import add_lora, merge_lora
+from tpa_nb.lora_expert import add_lora_expert, fold_lora_expert
+from tpa_nb.moe import moefy, moes, set_router
+from tpa_nb.profile import count_flops, count_params
+from tpa_nb.router import OracleRouter, activation_sparsity, fit_routers, relufy, set_dynamic_k
+from tpa_nb.runner import Cell, missing_cells, read_cells, run_cells
+from tpa_nb.save import load_model, save_model
+from tpa_nb.tasks import load_task
+from tpa_nb.train import finetune
+
+FOLDER = Path(__file__).parent / 'results' / 'moefication'
+EPOCHS = {'sst2': 1, 'mnli': 1, 'mrpc': 6, 'cola': 6, 'rte': 8}  # of the dense model, half of them with GELU
+RECOVERY = 0.5         # steps of every recovery, as a share of the dense model's
+DENSE_LR = 1e-4
+EXPERTS, SHARE = 48, 0.2
+RATES = {'expert': (2e-3, 1e-3, 4e-3), 'attention': (1e-3, 5e-4, 2e-3), 'full': (5e-5, 2e-5, 1e-4)}
+TUNED = ('mrpc', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
+ROUTERS = {'paper': dict(contribution='activation', scale='batch'), 'mlp': {}}  # settings of `fit_routers`
+GRID = ('dense', 'mlp', 'mlp+expert', 'oracle-activation', 'oracle-distance', 'paper', 'paper+expert', 'mlp+full',
+        'dense+expert', 'dense+full', 'mlp+attention', 'dynamic', 'dynamic+expert')
+
+
+def tuning_grid():
+    "Cells that try learning rates of the ways to recover"
+    return [Cell(task, f'tune-{way}', setting(lr=lr)) for way, rates in RATES.items() for lr, task in
+            product(rates, TUNED)]
+
+
+def grid(tasks, seeds, methods=GRID, shares=(SHARE,), experts=(EXPERTS,)):
+    "Cells of the comparison, what decides first"
+    return [Cell(task, method, setting(experts=e, k=max(1, round(share * e))), seed)
+            for share, e, seed, task, method in product(shares, experts, seeds, tasks, methods)]
+
+
+@lru_cache
+def best_rate(way):
+    "The learning rate with the best mean score on slices of the training rows"
+    done = {(c['task'], c['setting']): c['result'] for c in read_cells(FOLDER) if c['method'] == f'tune-{way}'}
+    mean = {}
+    for lr in RATES[way]:
+        found = [done.get((task, setting(lr=lr))) for task in TUNED]
+        if None in found:
+            raise ValueError(f"{way} at {lr:g} has not been tried on {', '.join(TUNED)}; run --stage tune first")
+        mean[lr] = sum(r[r['metric']] for r in found) / len(found)
+    return max(mean, key=mean.get)
+
+
+def kept(folder, make):
+    "The model that `make` makes, from a folder where it was made before"
+    if not (folder / 'tpa.json').exists():
+        save_model(make(), folder, overwrite=True)
+    return load_model(folder)
+
+
+def dense_model(task, seed, cache):
+    "A ReLU-fied model tuned on the task; cells of one task and seed share it"
+    def make():
+        arch, epochs = Arch.from_pretrained('minilm', task, seed), EPOCHS[task.name.removesuffix('_partial')] / 2
+        finetune(arch, task, epochs, DENSE_LR, seed=seed)
+        relufy(arch, calibration(task, seed))
+        return finetune(arch, task, epochs, DENSE_LR, seed=seed + 1000)
+    return kept(Path(cache) / f'dense-{task.name}-{seed}', make)
+
+
+def calibration(task, seed):
+    "Training rows for routers and biases"
+    return task.calibration(min(2048, len(task.train)), seed)
+
+
+def routed_model(task, seed, way, n_experts, k, cache):
+    "The dense model, split and routed; cells of one task, seed and split share it"
+    def make():
+        arch = dense_model(task, seed, cache)
+        moefy(arch, n_experts, k, router=None, seed=seed)
+        fit_routers(arch, calibration(task, seed), seed=seed, **ROUTERS[way])
+        return arch
+    return kept(Path(cache) / f'{way}-{n_experts}-{k}-{task.name}-{seed}', make)
+
+
+def model_of(way, task, seed, n_experts, k, cache):
+    "The model before anything is won back"
+    if way == 'dense':
+        return dense_model(task, seed, cache)
+    arch = routed_model(task, seed, way if way in ROUTERS else 'mlp', n_experts, k, cache)
+    if way.startswith('oracle'):
+        for row in moes(arch):
+            set_router(arch.ffns[row], OracleRouter(n_experts, way.removeprefix('oracle-')))
+    if way == 'dynamic':
+        set_dynamic_k(arch, calibration(task, seed), k, seed=seed)
+    return arch
+
+
+def recover(arch, task, way, lr, seed):
+    "Train what `way` lets train, and fold it in"
+    epochs = RECOVERY * EPOCHS[task.name.removesuffix('_partial')]
+    if way == 'expert':
+        add_lora_expert(arch, r=32, seed=seed)
+    if way == 'attention':
+        add_lora(arch, r=8, seed=seed)
+    if way == 'full':
+        arch.model.requires_grad_(True)
+    trainable = sum(p.numel() for p in arch.model.parameters() if p.requires_grad)
+    finetune(arch, task, epochs, lr, seed=seed + 2000)
+    if way == 'expert':
+        fold_lora_expert(arch)
+    if way == 'attention':
+        merge_lora(arch)
+    return trainable
+
+
+def run(cell, data_dir, cache):
+    "Carry out one cell"
+    torch.manual_seed(cell.seed)
+    task = load_task(cell.task, data_dir=data_dir, partial=True)
+    tuning = cell.method.startswith('tune-')
+    task, cache = slice_of(task) if tuning else task, Path(cache) / ('part' if tuning else 'whole')
+    asked = {'experts': EXPERTS, 'k': round(SHARE * EXPERTS), **choices(cell)}
+    way, _, more = ('mlp+' + cell.method.removeprefix('tune-') if tuning else cell.method).partition('+')
+    arch = model_of(way, task, cell.seed, asked['experts'], asked['k'], cache)
+    trainable = recover(arch, task, more, asked.get('lr') or best_rate(more), cell.seed) if more else 0
+    zeros = activation_sparsity(arch, calibration(task, cell.seed), 4096) if cell.method == 'dense' else None
+    fits = [h for h in arch.history if h['verb'] == 'fit_routers']
+    return {**answers(arch, task), 'trainable': trainable, 'params': count_params(arch)['params'],
+            'flops': count_flops(arch), 'zeros': zeros, 'router': fits[-1] if fits and way != 'dense' else None,
+            'mean_k': [m.mean_k or m.k for m in moes(arch).values()],
+            'steps': sum(h.get('steps', 0) for h in arch.history), 'partial': task.partial,
+            'rows': {'train': len(task.train), 'validation': len(task.validation)}}
+
+
+@call_parse
+def main(
+    data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
+    tasks: str = 'sst2,mrpc,cola',       # Tasks, with commas
+    methods: str = ','.join(GRID),       # Methods, with commas
+    shares: str = f'{SHARE}',            # Shares of the experts that run, with commas
+    experts: str = f'{EXPERTS}',         # Numbers of experts, with commas
+    seeds: int = 2,                      # Seeds 0, 1, ...
+    stage: str = 'grid',                 # 'tune' (learning rates) or 'grid' (the comparison)
+    shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
+    minutes: float = None,               # Begin no cell that would not end within this time
+    jobs: int = 1,                       # Cells side by side
+    cache_dir: str = '',                 # Folder for models that cells share; a temporary one if not given
+    dry_run: store_true = False,         # Say which cells are missing; run nothing
+):
+    "Run the cells that are missing"
+    if not data_dir and not dry_run:
+        raise SystemExit('moefication.py: give --data_dir, a folder with <task>/train.parquet and validation.parquet')
+    cells = tuning_grid() if stage == 'tune' else grid(
+        tasks.split(','), range(seeds), methods.split(','), [float(s) for s in shares.split(',')],
+        [int(e) for e in experts.split(',')])
+    if dry_run:
+        missing = missing_cells(cells, FOLDER)
+        print(f'{len(cells) - len(missing)} of {len(cells)} cells are done; missing:')
+        print(*(c.name for c in missing), sep='\n')
+        return
+    with tempfile.TemporaryDirectory() as tmp:
+        errors = run_cells(cells, partial(run, data_dir=data_dir, cache=cache_dir or tmp), FOLDER, shard, minutes, jobs)
+    for name, text in errors.items():
+        print(f'{name} failed:\n{text}')
+    raise SystemExit(1 if errors else 0)
