@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 ini = ConfigParser(delimiters=['='])
 ini.read(Path(__file__).with_name('settings.ini'), encoding='utf-8')
 cfg = ini['DEFAULT']
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('demo', 'dev', 'deepspeed')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('demo', 'dev', 'deepspeed', 'generation')}
 
 setup(
     name=cfg['lib_name'],

@@ -3,10 +3,10 @@
     pip install torch-pruning
     python experiments/against_torch_pruning.py --data_dir DATA
 
-Every system prunes the same MiniLM, which was warmed up by LoRA, until a forward pass takes the same share of the unpruned
-model's CPU time: measured, the two models in turns on one batch. Then all its weights are fine-tuned, for as many steps.
-First, for each system alike, its ways to choose (by the loss right after pruning) and learning rates (by the score after
-recovery) are tried on a held-out slice of MRPC's training rows.
+Every system prunes the same MiniLM, which was warmed up by LoRA, until a forward pass takes the same share of the
+unpruned model's CPU time: measured, the two models in turns on one batch. Then all its weights are fine-tuned, for as
+many steps. First, for each system alike, its ways to choose (by the loss right after pruning) and learning rates (by
+the score after recovery) are tried on a held-out slice of MRPC's training rows.
 
 Torch-Pruning (VainF/Torch-Pruning, 1.6) is used as its own example for BERT uses it: heads and channels in one global
 ranking. `tp-width` is that example, which cuts the width of the residual stream too; `tp-taylor` and `tp-magnitude`
@@ -220,14 +220,16 @@ def run(cell, data_dir, cache):
     ways, lr = tuned(cell.method)
     arch = start_of(task, cell.seed, Path(cache) / 'whole', EPOCHS[cell.task] * WARM_UP)
     pruned, tried, way = at_latency_any(arch, cell.method, measure(arch, cell.method, task, cell.seed), goal, ways)
+    cut = answers(pruned, task)
     found = {'start': evaluate_model(arch, task)[task.main_metric], 'dense_flops': count_flops(arch, BATCH, LENGTH),
-             'pruned': evaluate_model(pruned, task)[task.main_metric], 'tried': tried, 'way': way,
+             'pruned': cut[task.main_metric], 'pruned_answers': cut['answers'], 'tried': tried, 'way': way,
              'heads': [a.n_heads for a in pruned.attns], 'neurons': [f.d_ff for f in pruned.ffns],
              'width': pruned.attns[0].q.in_features, 'flops': count_flops(pruned, BATCH, LENGTH),
              'params': count_params(pruned)['params'], 'dense_params': count_params(arch)['params']}
     recover(pruned, task, lr, cell.seed)
-    return {**answers(pruned, task), **found, 'latency': timed(arch, pruned, 15), 'lr': lr, 'epochs': RECOVERY[task.name],
-            'warm_up': EPOCHS[task.name] * WARM_UP, 'batch': [BATCH, LENGTH], 'steps': pruned.history[-1]['steps'],
+    return {**answers(pruned, task), **found, 'latency': timed(arch, pruned, 15), 'lr': lr,
+            'epochs': RECOVERY[task.name], 'warm_up': EPOCHS[task.name] * WARM_UP, 'batch': [BATCH, LENGTH],
+            'steps': pruned.history[-1]['steps'],
             'rows': {'train': len(task.train), 'validation': len(task.validation)},
             'torch_pruning': None if cell.method == 'tpa' else version('torch-pruning')}
 

@@ -23,12 +23,12 @@ import torch
 from fastcore.script import call_parse, store_true
 
 from tpa_nb.arch import Arch
-from tpa_nb.compress import Outcome, Recipe, recipe_methods
 from tpa_nb.distill import distill
 from tpa_nb.importance import head_derivatives, ranking_stability, score_heads
 from tpa_nb.lora import add_lora, merge_lora
 from tpa_nb.profile import count_flops, count_params
 from tpa_nb.prune import prune_heads, select_heads
+from tpa_nb.recipe import Outcome, Recipe, recipe_methods
 from tpa_nb.runner import Cell, missing_cells, read_cells, run_cells
 from tpa_nb.save import load_model, save_model
 from tpa_nb.tasks import load_task

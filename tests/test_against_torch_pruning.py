@@ -23,7 +23,8 @@ def script(monkeypatch):
     task = replace(toy_pairs(n_train=64, n_validation=24), name='mrpc').with_max_length(24)
     ratio = lambda arch, pruned, repeats: count_flops(pruned, 2, 16) / count_flops(arch, 2, 16)
     changes = dict(load_task=lambda *args, **kwargs: task, start_of=lambda *args: tiny_arch('bert'), CALIBRATION=16,
-                   ROUND_TO=1, RECOVERY={'mrpc': 1}, EPOCHS={'mrpc': 2}, timed=ratio, BATCH=2, LENGTH=16, TOLERANCE=0.08)
+                   ROUND_TO=1, RECOVERY={'mrpc': 1}, EPOCHS={'mrpc': 2}, timed=ratio, BATCH=2, LENGTH=16,
+                   TOLERANCE=0.08)
     for name, value in changes.items():
         monkeypatch.setattr(module, name, value)
     return module

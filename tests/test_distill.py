@@ -7,7 +7,13 @@ from test_experiments import script  # noqa: F401  a fixture
 from transformers import TrainerCallback
 
 from tpa_nb.distill import Distillation, distill
+from tpa_nb.dsee import add_dsee
 from tpa_nb.families import tiny_arch
+from tpa_nb.importance import neuron_importance
+from tpa_nb.lora_expert import add_lora_expert
+from tpa_nb.moe import moefy
+from tpa_nb.moebert import BalanceLoss, moebert
+from tpa_nb.prune import prune_heads, prune_neurons, select_neurons
 from tpa_nb.runner import Cell
 from tpa_nb.save import load_model, save_model
 from tpa_nb.tasks import toy_pairs
@@ -112,3 +118,35 @@ def test_weights_are_chosen_on_training_rows(script, tmp_path, monkeypatch):  # 
     script.best_weight.cache_clear()
     with pytest.raises(ValueError, match='run --stage tune-distill first'):
         script.best_weight('self')
+
+
+def moefied(arch, task):
+    return moefy(arch, n_experts=4, k=2, split='random', router='hash', calibration=task.calibration(16))
+
+
+def dealt(arch, task):
+    return moebert(arch, neuron_importance(arch, task.calibration(16)), 22, 8, router='token')
+
+
+def lighter(arch, task):
+    return prune_neurons(arch, select_neurons(neuron_importance(arch, task.calibration(16)), pruning_ratio=0.5))
+
+
+STUDENTS = {'neurons': lighter, 'moefied': moefied, 'moebert': dealt,
+            'dsee': lambda arch, task: add_dsee(prune_heads(arch, {0: [1]}), r=2),
+            'lora expert': lambda arch, task: add_lora_expert(moefied(arch, task), r=4)}
+
+
+@pytest.mark.parametrize('kind', STUDENTS)
+def test_every_student_of_this_package_can_learn(kind, tmp_path):
+    task, teacher = toy_pairs(n_train=64, n_validation=16).with_max_length(40), tiny_arch('bert')
+    student = STUDENTS[kind](teacher.clone(), task)
+    names, added = list(student.model.state_dict()), [BalanceLoss(student)] if kind == 'moebert' else []
+    distill(student, teacher, task, epochs=6, lr=3e-3, labels=False, added=added)
+    losses = [row['loss'] for row in student.history[-1]['log']]
+    assert losses[-1] < 0.95 * losses[0], losses
+    assert list(student.model.state_dict()) == names
+    save_model(student, tmp_path / 'model')
+    batch = next(task.examples('validation').batches(student.tokenizer))
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / 'model').model(**batch).logits, student.model(**batch).logits)

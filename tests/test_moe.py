@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tpa_nb.budget import structure_importance
 from tpa_nb.experts import plans
 from tpa_nb.families import tiny_arch, tiny_batch
+from tpa_nb.importance import head_importance, neuron_importance
+from tpa_nb.lora import add_lora
 from tpa_nb.moe import moefy, moes
 from tpa_nb.save import load_model, save_model
 
@@ -106,3 +109,12 @@ def test_the_benchmark_runs_and_writes(tmp_path):
     assert all(set(r['ratios']) >= {'masked', 'loop', 'grouped'} and r['k'] == 2 for r in found['rows'])
     assert all(max(r['errors'].values()) < (1e-5 if r['dtype'] == 'float32' else 0.02) for r in found['rows'])
     assert all(r['within'] < r['random'] for r in found['split'])
+
+
+@pytest.mark.parametrize('verb', [neuron_importance, structure_importance, lambda arch, _: add_lora(arch, targets=('up',))])
+def test_what_needs_plain_neurons_says_so(verb):
+    arch = moefy(tiny_arch('bert'), 8, 2, router=None, split='random')
+    with pytest.raises(ValueError, match='no plain'):
+        verb(arch, [tiny_batch(arch)])
+    assert not arch.is_adapted
+    assert head_importance(arch, [tiny_batch(arch)]).shape == (2, 4)  # heads are measured as before

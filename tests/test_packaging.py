@@ -58,7 +58,7 @@ def test_metadata_follows_settings(built):
     assert (meta['Name'], meta['Version']) == (CFG['lib_name'].replace('-', '_'), CFG['version'])
     assert meta['Requires-Python'] == f">={CFG['min_python']}"
     wanted = {requirement(o) for o in CFG['requirements'].split()}
-    for extra in ('dev', 'demo', 'deepspeed'):
+    for extra in ('dev', 'demo', 'deepspeed', 'generation'):
         wanted |= {(*requirement(o)[:2], extra) for o in CFG[f'{extra}_requirements'].split()}
     assert {requirement(o) for o in meta.get_all('Requires-Dist')} == wanted
 

@@ -12,6 +12,7 @@ from .hardware import *
 from .rpca import *
 from .dsee import *
 from .masks import *
+from .questions import *
 from .checks import *
 from .text import *
 from .budget import *

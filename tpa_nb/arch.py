@@ -346,6 +346,8 @@ class FFN:
     def neurons(self) -> tuple[int, ...]: return getattr(self.down.linear, '_tpa_neurons', tuple(range(self.d_ff)))
     @property
     def d_ff_orig(self) -> int: return getattr(self.down.linear, '_tpa_d_ff', self.d_ff)
+    @property
+    def is_plain(self) -> bool: return getattr(self.down.linear, 'weight', None) is not None  # not a mixture of experts
 
 # %% ../nbs/00_arch.ipynb #b2123376
 @patch

@@ -23,7 +23,8 @@ from transformers import Cache
 # %% ../nbs/16_budget.ipynb #c171064f
 from .arch import FFN, Arch, Attention
 from .hardware import _in_turns
-from .importance import _in_place, _mean_absolute, _record_hook, _record_product, model_inputs, n_columns
+from .importance import _check_plain, _in_place, _mean_absolute, _record_hook, _record_product, model_inputs
+from .importance import n_columns
 from .profile import _check_arch, _check_count, _check_together, _cpu_name, _evaluating, _random_batch, _wait_for
 from .profile import count_flops
 from .prune import _check_neurons, _check_selection, _head_units, _in_order, _units, prune_heads, prune_neurons
@@ -63,6 +64,7 @@ def structure_importance(
     loss_fn: Callable | None = None,      # (outputs, batch) to the loss of each example, (B,); else the task's
 ) -> Scores:                              # Loss per example
     "Score heads and neurons alike: the mean absolute derivative of an example's loss in a gate on the output"
+    _check_plain(arch)
     means = iter(_mean_absolute(arch, data, batch_size, loss_fn, _gate_derivatives))
     attns, ffns = arch.attns, arch.ffns
     heads = torch.full((len(attns), n_columns(arch)), float('nan'))

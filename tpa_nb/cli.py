@@ -115,7 +115,7 @@ def tpa_compress(
     regression: store_true = False, # Its labels are numbers to predict, whole ones too
     max_length: int = 0,            # Tokens at which texts are cut; the task's own if 0
     output_dir: str = 'tpa_out',    # Folder for the model, the figures and the report
-    method: str = 'prune-lora',     # What to do: 'prune-lora', 'lora', 'full', 'prune', 'dsee' or 'moefy'
+    method: str = 'prune-lora',     # What to do: 'prune-lora', 'lora', 'full', 'prune', 'dsee', 'moefy', 'moebert'
     no_train: store_true = False,   # Only prune: `model` was fine-tuned on the task before; the same as --method prune
     keep: int = None,               # Heads to keep in all
     pruning_ratio: float = 0.3,     # Share of the heads to remove, if `keep` is not given
@@ -133,10 +133,12 @@ def tpa_compress(
     r: int = 8,                     # Rank of plain LoRA, and the budget of 'budget'
     r_high: int = 8,                # Rank of the most important blocks, for 'top'
     r_low: int = 4,                 # Rank of the others, for 'top'
-    n_experts: int = None,          # 'moefy': experts of a layer; by default of 32 neurons each
+    n_experts: int = None,          # Experts of a layer; 'moefy': of 32 neurons; 'moebert': to keep all neurons
     k: int = None,                  # 'moefy': experts that a token runs; by default a fifth
     expert_r: int = 32,             # 'moefy': neurons of the expert that is always on; 0 for none
-    distill_weight: float = 0.0,    # Weight of a teacher beside the labels; 0 for none
+    expert_size: int = None,        # 'moebert': neurons that a token runs; by default a quarter
+    shared: int = None,             # 'moebert': those that all experts share; by default two thirds of them
+    distill_weight: float = None,   # Weight of a teacher beside the labels; by default 0, for 'moebert' 1
     teacher: str = 'full',          # Who: 'full' fine-tuning of the same model, or a trained model's folder
     epochs: float = 4,              # Passes over the training rows, warm-up included
     batch_size: int = 32,           # Examples per step

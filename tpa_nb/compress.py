@@ -33,15 +33,16 @@ from .tasks import Task, load_task
 from .train import evaluate_model
 
 # %% ../nbs/40_compress.ipynb #12e14552
-RIVALS = {'full': ('full fine-tuning', dict(method='full', distill_weight=0.0)),
-          'lora': ('LoRA', dict(method='lora', distill_weight=0.0)),
+RIVALS = {'full': ('full fine-tuning', dict(method='full', distill_weight=None)),
+          'lora': ('LoRA', dict(method='lora', distill_weight=None)),
           'paper': ('Prune-LoRA (paper)', dict(method='prune-lora', warm_up=0, iterative_steps=1, max_drop=None,
                                                neuron_ratio=0.0, flops_ratio=None, latency_ratio=None,
-                                               distill_weight=0.0, ranks='top')),
+                                               distill_weight=None, ranks='top')),
           'random': ('random heads', dict(criterion='random')),
           'unpruned': ('unpruned', dict(method='none'))}
 _TITLES = {'prune-lora': 'Prune-LoRA (tpa_nb)', 'full': 'full fine-tuning', 'lora': 'LoRA', 'prune': 'pruned',
-           'none': 'unpruned', 'dsee': 'DSEE (tpa_nb)', 'moefy': 'MoEfied (tpa_nb)'}
+           'none': 'unpruned', 'dsee': 'DSEE (tpa_nb)', 'moefy': 'MoEfied (tpa_nb)',
+           'moebert': 'MoEBERT (tpa_nb)'}
 
 def variants(
     recipe: Recipe,                        # The recipe
@@ -127,7 +128,7 @@ def _fresh(model, task, seed):
 
 def _with_teacher(model, task, recipe, work, progress):
     "`recipe` with the folder of its teacher, which is trained now unless it stands in the table"
-    if not recipe.distill_weight or recipe.teacher != 'full':
+    if not recipe.distill_weight or recipe.teacher != 'full' or recipe.method == 'moebert':  # it teaches itself
         return recipe
     full = replace(recipe, **RIVALS['full'][1])
     _train_all(model, task, {'the teacher': full}, work, progress)

@@ -91,6 +91,7 @@ class _Reader:
         logits = self.score(outputs, batch)
         return {i: hidden[i][masks[self.stack(i)]] for i in layers}, logits if places is None else logits[places]
 
+# %% ../nbs/30_distill.ipynb #79fdf4c7
 _NEVER = -1e4  # logit of a padding token
 
 def _ends(outputs, batch):

@@ -32,21 +32,31 @@ def _add_sparse(y, x, values, index):
     return y.index_add_(-1, rows, (x.index_select(-1, cols) * values).to(y.dtype))
 
 # %% ../nbs/11_dsee.ipynb #2f5caffb
-@dataclass
+@dataclass(init=False)
 class DSEEConfig(LoraConfig):
     "PEFT's LoRA configuration with a sparse residual and masks"
-    n_sparse: int = 16                                   # Entries of the sparse residual in each matrix
-    sparse_pattern: dict = field(default_factory=dict)   # Module name to its number of entries, where it is another
-    mask: str | None = None                              # Form of the masks: None, 'weight' or 'merged'
+    n_sparse: int = 16
+    sparse_pattern: dict = field(default_factory=dict)
+    mask: str | None = None
+
+    def __init__(
+        self,
+        n_sparse: int = 16,                 # Entries of the sparse residual in each matrix
+        sparse_pattern: dict | None = None,  # Module name to its number of entries, where it is another
+        mask: str | None = None,            # Form of the masks: None, 'weight' or 'merged'
+        **kwargs,                           # What `LoraConfig` takes
+    ):
+        self.n_sparse, self.sparse_pattern, self.mask = n_sparse, dict(sparse_pattern or {}), mask
+        super().__init__(**kwargs)
 
     def __post_init__(self):
         super().__post_init__()
         if self.mask not in (None, 'weight', 'merged'):
             raise ValueError(f"`mask` must be None, 'weight' or 'merged', got {self.mask!r}")
-        variants = [f.name for f in fields(self) if f.metadata.get('is_lora_variant') and getattr(self, f.name)]
-        if variants or self.lora_bias or self.init_lora_weights is not True:
-            what = variants or [n for n in ('lora_bias', 'init_lora_weights') if getattr(self, n) not in (True, False)]
-            raise ValueError(f"a sparse residual goes with plain LoRA only, got {what or ['lora_bias']}")
+        other = [f.name for f in fields(self) if f.metadata.get('is_lora_variant') and getattr(self, f.name)]
+        other += ['lora_bias'] * bool(self.lora_bias) + ['init_lora_weights'] * (self.init_lora_weights is not True)
+        if other:
+            raise ValueError(f"a sparse residual goes with plain LoRA only, got {other}")
         self._register_custom_module({nn.Linear: DSEELinear, Conv1D: DSEELinear})
 
     def to_dict(self):
@@ -151,13 +161,18 @@ def _add_update(self: DSEELinear, y, x, name):
 
 # %% ../nbs/11_dsee.ipynb #a15fecac
 @patch
-def merge(self: DSEELinear, safe_merge: bool = False, adapter_names: list[str] | None = None):
-    "Add the update to the base weight"
+def check_merge(self: DSEELinear, adapter_names: list[str] | None = None):
+    "Raise if merging would fill the zeros of a mask"
     wanted = self.active_adapters if adapter_names is None else adapter_names
     if not self.densify and any(self.mask_form.get(n) == 'weight' for n in wanted):
         raise ValueError("the masks have the form 'weight': they zero entries of W alone, and merging would fill them "
                          "with the update. Keep the adapter apart, or give the zeros up: "
                          "`merge_dsee(arch, densify=True)`")
+
+@patch
+def merge(self: DSEELinear, safe_merge: bool = False, adapter_names: list[str] | None = None):
+    "Add the update to the base weight"
+    self.check_merge(adapter_names)
     if not self.merged:
         self.__dict__['_unmerged'] = self.get_base_layer().weight.data.clone()
     LoraLinear.merge(self, safe_merge, adapter_names)
@@ -303,14 +318,8 @@ def merge_dsee(
     densify: bool = False,  # Merge under masks of the form 'weight' too? It fills their zeros
 ) -> Arch:                  # The same handle; `arch.model` is a plain model again
     "Fold low-rank and sparse updates into the weights; masks of the form 'merged' stay zero to the last bit"
-    layers = _adapted_layers(arch).values()
-    if any('weight' in m.mask_form.values() for m in layers):
-        if not densify:
-            raise ValueError("`arch` has masks of the form 'weight', which zero entries of the base weights alone: "
-                             "merging would fill them with the update. Keep the adapter unmerged, or give up the zeros "
-                             "with `densify=True`; `mask_from_update(..., mask='merged')` makes masks that stay")
-        for layer in layers:
-            layer.densify = True
+    for layer in _adapted_layers(arch).values():
+        layer.densify = densify
     merge_lora(arch)
     arch.history[-1] = {'verb': 'merge_dsee', 'densify': densify}
     return arch

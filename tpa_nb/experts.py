@@ -136,7 +136,8 @@ def hidden_all(
 # %% ../nbs/20_experts.ipynb #6917d0b2
 def _down(experts, h):
     "Output for the activations `h` of all neurons, (N, E, n)"
-    return F.linear(h.flatten(-2), experts.down.flatten(0, 1).T, experts.bias)
+    h, down = h.flatten(-2), experts.down.flatten(0, 1)
+    return h @ down if experts.bias is None else torch.addmm(experts.bias, h, down)
 
 @patch
 def dense(
@@ -273,7 +274,7 @@ def _by_pairs(engine, experts, x, chosen):
     def up(w, b): return _Gather.apply(x, w, b, tokens, ends, engine)
     h = up(experts.up, experts.up_bias)
     h = experts.act(h) if experts.gate is None else experts.act(up(experts.gate, experts.gate_bias)) * h
-    out = _Scatter.apply(h, experts.down, tokens, ends, len(x), engine)
+    out = _Scatter.apply(h.contiguous(), experts.down, tokens, ends, len(x), engine)
     return out if experts.bias is None else out + experts.bias
 
 # %% ../nbs/20_experts.ipynb #bf1299e1
@@ -530,6 +531,8 @@ def _no_compiled(experts, x):
     "Why the compiled products cannot be used"
     if x.device.type != 'cpu' or x.dtype not in _C_NAMES:
         return f'it is for float32 and float64 on a CPU, not for {x.dtype} on {x.device.type}'
+    if not all(p.is_contiguous() for p in experts.parameters(recurse=False)):
+        return 'the weights are not contiguous'
     return _mixed(experts, x) or ('' if _kernel() else 'there is no C compiler, or TPA_COMPILE=0 forbids it')
 
 plans: dict[str, _Plan] = {
@@ -541,7 +544,7 @@ plans: dict[str, _Plan] = {
 
 # %% ../nbs/20_experts.ipynb #1f1ff325
 _NAMES = 'masked', 'loop', 'token', 'grouped', 'compiled'
-_MEASURED = {  # (tokens, neurons of an expert): time by plan, as share of the dense layer's, a fifth of the experts running
+_MEASURED = {  # (tokens, neurons of an expert): time by plan, as share of the dense layer's; a fifth of them runs
     'float32': {(1, 128): (1.1, 0.28, 0.17, 0.23, 0.12), (1, 32): (1.2, 0.8, 0.37, 0.38, 0.12),
                 (8, 128): (1.03, 0.92, 9, 0.73, 0.42), (8, 32): (1.08, 1.7, 9, 0.82, 0.37),
                 (64, 128): (1.02, 0.57, 9, 0.48, 0.26), (64, 32): (1.02, 0.95, 9, 0.55, 0.26),
@@ -599,6 +602,17 @@ def choose_plan(
     return next((name for name in order if not plans[name].why_not(experts, x)), 'masked')
 
 # %% ../nbs/20_experts.ipynb #6e78caa7
+def _check_call(experts, x, chosen):
+    "Raise unless `x` and `chosen` fit `experts`: compiled code looks at addresses only"
+    if x.dim() != 2 or x.shape[1] != experts.d_model:
+        raise ValueError(f"`x` must be (N, {experts.d_model}), got {tuple(x.shape)}")
+    if chosen.dtype != torch.bool or chosen.shape != (len(x), experts.n_experts):
+        raise ValueError(f"`chosen` must be bool {(len(x), experts.n_experts)}, got {chosen.dtype} "
+                         f"{tuple(chosen.shape)}")
+    devices = {str(t.device) for t in (x, chosen, experts.up, experts.down)}
+    if len(devices) > 1:
+        raise ValueError(f"`x`, `chosen` and the weights are on different devices: {sorted(devices)}")
+
 @patch
 def forward(
     self: Experts,
@@ -608,8 +622,7 @@ def forward(
     "Sum of the `chosen` experts, and the bias"
     if chosen is None:
         return self.dense(x)
-    if chosen.dtype != torch.bool or chosen.shape != (len(x), self.n_experts):
-        raise ValueError(f"`chosen` must be bool {(len(x), self.n_experts)}, got {chosen.dtype} {tuple(chosen.shape)}")
+    _check_call(self, x, chosen)
     name = choose_plan(self, x, chosen) if self.plan == 'auto' else self.plan
     if name not in plans:
         raise ValueError(f"`plan` must be 'auto' or one of {', '.join(plans)}, got {name!r}")

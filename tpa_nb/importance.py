@@ -317,8 +317,15 @@ def neuron_importance(
     loss_fn: Callable | None = None,      # (outputs, batch) to the loss of each example, (B,); else the task's
 ) -> list[torch.Tensor]:                  # For each of `arch.ffns` (neurons of the original model,), `nan` where gone
     "Score every neuron by how strongly each example's loss reacts to its weights (Zuo et al. 2022, MoEBERT)"
+    _check_plain(arch)
     means = _mean_absolute(arch, data, batch_size, loss_fn, _neuron_derivatives)
     return [_in_place(ffn, mean) for ffn, mean in zip(arch.ffns, means)]
+
+def _check_plain(arch):
+    "Raise unless every feed-forward layer is the original kind"
+    odd = next((f for f in arch.ffns if not f.is_plain), None)
+    if odd is not None:
+        raise ValueError(f"{odd.name} is no plain feed-forward layer any more; score its neurons before `moefy`")
 
 def _mean_absolute(arch, data, batch_size, loss_fn, derivatives):
     "Mean over all examples of the absolute values of what `derivatives(arch, batch, loss_fn)` lists, (B, units) each"

@@ -58,6 +58,8 @@ def _sites(arch, targets):
     "For each attention: the modules that get its rank, by name; a layer's FFN goes with its first attention"
     _check_targets(targets)
     ffns, found = {f.path: f for f in arch.ffns}, []
+    if not set(targets) <= set('qkvo') and not all(f.is_plain for f in ffns.values()):
+        raise ValueError(f"`targets` {targets!r} name parts of feed-forward layers, some of which are no plain ones")
     for a in arch.attns:
         f = ffns.pop(a.path, None)
         parts = [getattr(a, t) if t in 'qkvo' else getattr(f, t, None) for t in targets]

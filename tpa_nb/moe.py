@@ -295,6 +295,10 @@ def _check_kinds(ffns, split, router):
 def _split_all(arch, ffns, n_experts, split, calibration, on_uneven, seed):
     "Labels of the neurons of each layer, by row"
     if isinstance(split, Mapping):
+        for row, labels in split.items():
+            n = len(labels) if labels.dim() == 2 else int(labels.max()) + 1
+            if n != n_experts:
+                raise ValueError(f"`split` makes {n} experts of row {row}, `n_experts` is {n_experts}")
         return dict(split)
     for ffn in ffns:
         _n_experts(ffn.d_ff, n_experts, on_uneven)  # before anything is measured
@@ -364,6 +368,25 @@ def _record(ffns, new, n_experts, split, router, seed):
             'threshold': new[0].threshold, 'asked': n_experts, **shown, 'seed': seed}
 
 # %% ../nbs/21_moe.ipynb #cb25f79a
+def _check_plain(ffn, moe):
+    "Raise unless `moe`, which stands in the place of `ffn`, is a plain layer with all experts"
+    ids = moe.experts.neurons.flatten().sort().values
+    if not torch.equal(ids, torch.arange(len(ids), device=ids.device)):
+        raise ValueError(f"{ffn.name} has neurons in several experts, or in none: it is no split of a plain layer")
+    if moe.shared is not None and getattr(moe.shared, 'kind', None) != 'neurons':
+        raise ValueError(f"{ffn.name} has a {type(moe.shared).__name__} that every token uses, which is no part of a "
+                         "plain layer; `fold_lora_expert(arch)` makes neurons of a LoRA expert")
+
+def _flatten(ffn, moe):
+    "Make `moe`, which stands in the place of `ffn`, a plain layer; neurons that every token uses go to its end"
+    order = moe.experts.neurons.flatten().argsort()
+    parts = {n: t.flatten(0, 1)[order] for n, t in moe.experts.named_parameters(recurse=False) if n != 'bias'}
+    ffn.restore(**{**parts, 'down': parts['down'].T}, bias=moe.experts.bias)
+    if moe.shared is not None:
+        gate = getattr(moe.shared, 'gate', None)
+        ffn.add_neurons(moe.shared.up.detach(), moe.shared.down.detach().T, None if gate is None else gate.detach())
+
+# %% ../nbs/21_moe.ipynb #ca918b34
 def unmoefy(
     arch: Arch,                         # The model, changed in place
     rows: Iterable[int] | None = None,  # Which of `arch.ffns`; all mixtures if not given
@@ -374,15 +397,9 @@ def unmoefy(
     if not there or not set(rows) <= set(there):
         raise ValueError(f"`rows` must be some of {list(there)}, where the mixtures are, got {rows}")
     for row in rows:
-        ids = there[row].experts.neurons.flatten().sort().values
-        if there[row].shared is not None or not torch.equal(ids, torch.arange(len(ids), device=ids.device)):
-            raise ValueError(f"{arch.ffns[row].name} has a shared expert, or neurons more or less often than once: it "
-                             "is no split of a plain layer")
+        _check_plain(arch.ffns[row], there[row])
     for row in rows:
-        ex = there[row].experts
-        order = ex.neurons.flatten().argsort()
-        flat = {name: t.flatten(0, 1)[order] for name, t in ex.named_parameters(recurse=False) if name != 'bias'}
-        arch.ffns[row].restore(**{**flat, 'down': flat['down'].T}, bias=ex.bias)
+        _flatten(arch.ffns[row], there[row])
     arch.history.append({'verb': 'unmoefy', 'rows': rows})
     return arch
 

@@ -21,9 +21,10 @@ from .lora import add_lora, merge_lora
 from .lora_expert import add_lora_expert, fold_lora_expert
 from .masks import mask_from_update, prune_adapted_heads, update_importance
 from .moe import moefy
+from .moebert import BalanceLoss, moebert
 from .profile import _task_length, count_flops
 from .prune import prune_iteratively, prune_neurons, select_heads, select_neurons
-from .router import relufy
+from .router import relufy, set_dynamic_k
 from .save import open_model
 from .tasks import Task
 from .train import evaluate_model, finetune, warm_up
@@ -53,14 +54,15 @@ def register_method(
     return run
 
 # %% ../nbs/36_recipe.ipynb #b6c79010
-def _train(arch, task, recipe, epochs, lr, progress):
+def _train(arch, task, recipe, epochs, lr, progress, teacher=None, added=()):
     "Fine-tune as the recipe says, with a teacher if it has one"
     settings = dict(lr=lr, batch_size=recipe.batch_size, seed=recipe.seed, mixed_precision=recipe.mixed_precision,
-                    progress=progress)
+                    progress=progress, added=added)
     if not recipe.distill_weight:
         finetune(arch, task, epochs, **settings)
         return
-    distill(arch, _teacher(task, recipe), task, epochs, recipe.distill_weight, recipe.temperature, **settings)
+    teacher = teacher or _teacher(task, recipe)
+    distill(arch, teacher, task, epochs, recipe.distill_weight, recipe.temperature, **settings)
 
 def _teacher(task, recipe):
     "The trained model that the recipe names"
@@ -229,23 +231,51 @@ def _chance(imp, recipe):
 # %% ../nbs/36_recipe.ipynb #01d9479d
 def _moefy(arch, task, recipe, progress):
     "Fine-tune with ReLU, split, route, train an always-on expert, fold it (Zhang et al. 2022; Tsai and Martin)"
-    if recipe.relu:
-        relufy(arch)
-    first = recipe.epochs * recipe.warm_up
+    first, calibration = recipe.epochs * recipe.warm_up, _calibration(task, recipe)
     if first:
-        _train(arch, task, recipe, first, recipe.full_lr, progress)
-    moefy(arch, *_experts(arch, recipe), _calibration(task, recipe), split=recipe.split, router=recipe.router,
-          seed=recipe.seed)
+        _train(arch, task, recipe, first / 2 if recipe.relu else first, recipe.full_lr, progress)
+    if recipe.relu:
+        relufy(arch, calibration)
+        if first:
+            _train(arch, task, recipe, first / 2, recipe.full_lr, progress)
+    n, k = _experts(arch, recipe)
+    moefy(arch, n, k, calibration, split=recipe.split, router=recipe.router or 'mlp', seed=recipe.seed)
+    if recipe.dynamic:
+        set_dynamic_k(arch, calibration, k)
     if recipe.expert_r:
         add_lora_expert(arch, recipe.expert_r, recipe.expert_r, train=recipe.train, seed=recipe.seed)
         _train(arch, task, recipe, recipe.epochs - first, recipe.lr, progress)
         fold_lora_expert(arch)
+    else:
+        _train(arch, task, recipe, recipe.epochs - first, recipe.full_lr, progress)
     return Outcome(arch)
 
 def _experts(arch, recipe):
     "Experts of a layer, and of a token: by default experts of 32 neurons, of which a fifth runs"
     n = recipe.n_experts or max(2, arch.ffns[0].d_ff // 32)
     return n, recipe.k or max(1, round(n / 5))
+
+# %% ../nbs/36_recipe.ipynb #9302b292
+def _moebert(arch, task, recipe, progress):
+    "Fine-tune, share important neurons and deal out the others, learn from the dense model (Zuo et al. 2022)"
+    first = recipe.epochs * recipe.warm_up
+    if first:
+        _train(arch, task, replace(recipe, distill_weight=0), first, recipe.full_lr, progress)
+    teacher = arch.clone() if recipe.teacher == 'full' else None
+    _to_moebert(arch, recipe, neuron_importance(arch, _calibration(task, recipe), recipe.batch_size))
+    taught = replace(recipe, distill_weight=1.0 if recipe.distill_weight is None else recipe.distill_weight)
+    added = [BalanceLoss(arch)] if recipe.router in ('token', 'sentence') else []
+    _train(arch, task, taught, recipe.epochs - first, recipe.full_lr, progress, teacher, added)
+    return Outcome(arch)
+
+def _to_moebert(arch, recipe, imp):
+    "Cut by the scores `imp`, or for the control by chance"
+    if recipe.criterion == 'random':
+        draw = torch.Generator().manual_seed(recipe.seed)
+        imp = [torch.rand(scores.shape, generator=draw).where(~scores.isnan(), scores) for scores in imp]
+    size = recipe.expert_size or arch.ffns[0].d_ff // 4
+    shared = size * 2 // 3 if recipe.shared is None else recipe.shared
+    return moebert(arch, imp, size, shared, recipe.n_experts, recipe.router or 'hash', seed=recipe.seed)
 
 # %% ../nbs/36_recipe.ipynb #0eba0870
 def _ones(arch):
@@ -276,6 +306,10 @@ def _check_dsee(arch, recipe):
         _check_prune(arch, recipe)
     _add_dsee(arch, recipe, support='random')
 
+def _check_moebert(arch, recipe):
+    "Raise unless the layers can be dealt out"
+    _to_moebert(arch, recipe, [torch.ones(f.d_ff_orig) for f in arch.ffns])
+
 def _check_moefy(arch, recipe):
     "Raise unless the layers can be split"
     moefy(arch, *_experts(arch, recipe), split='random', router=None)
@@ -283,7 +317,8 @@ def _check_moefy(arch, recipe):
 # %% ../nbs/36_recipe.ipynb #a74f93d7
 for _name, _run, _check in (('full', _full, None), ('lora', _lora, None),
                             ('prune-lora', _prune_lora, _check_prune_lora), ('prune', _prune_only, _check_prune),
-                            ('none', _nothing, None), ('dsee', _dsee, _check_dsee), ('moefy', _moefy, _check_moefy)):
+                            ('none', _nothing, None), ('dsee', _dsee, _check_dsee), ('moefy', _moefy, _check_moefy),
+                            ('moebert', _moebert, _check_moebert)):
     register_method(_name, _run, _check)
 
 # %% ../nbs/36_recipe.ipynb #5e40c5c0
@@ -320,13 +355,16 @@ class Recipe:
     lr: float | None = None              # Learning rate of adapters; by default it follows the width
     full_lr: float | None = None         # Learning rate of full fine-tuning; by default it follows the width
     n_sparse: int = 16                   # 'dsee': entries of the sparse residual in each matrix
-    n_experts: int | None = None         # 'moefy': experts of a layer; by default of 32 neurons each
+    n_experts: int | None = None         # Experts of a layer; 'moefy': of 32 neurons; 'moebert': to keep all neurons
     k: int | None = None                 # 'moefy': experts that a token runs; by default a fifth
     split: str = 'kmeans'                # 'moefy': how neurons are dealt out, as in `split_neurons`
-    router: str = 'mlp'                  # 'moefy': what chooses experts
-    expert_r: int = 32                   # 'moefy': neurons of the expert that is always on; 0 for none
-    relu: bool = True                    # 'moefy': exchange the activation for a ReLU first?
-    distill_weight: float = 0.0          # Weight of a teacher's hidden states and answers beside the labels; 0: none
+    router: str | None = None            # What chooses experts; by default 'mlp' for 'moefy', 'hash' for 'moebert'
+    dynamic: bool = False                # 'moefy': let a token run more or fewer, `k` on the mean?
+    expert_r: int = 32                   # 'moefy': neurons of the expert that is always on; 0: train all weights
+    relu: bool = True                    # 'moefy': exchange the activation for a ReLU, halfway through the warm-up?
+    expert_size: int | None = None       # 'moebert': neurons that a token runs; by default a quarter
+    shared: int | None = None            # 'moebert': those that all experts share; by default two thirds of them
+    distill_weight: float | None = None  # Weight of a teacher beside the labels; by default 0, for 'moebert' 1
     temperature: float = 1.0             # What the logits of both are divided by
     teacher: str = 'full'                # Who: 'full' fine-tuning of the same model, or a trained model's folder
     mixed_precision: str = 'auto'        # 'auto' (bf16 where a GPU has it), 'no', 'bf16' or 'fp16'
@@ -343,7 +381,7 @@ def _check_recipe(recipe):
         value = getattr(recipe, name)
         if value not in legal:
             raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}")
-    if not (recipe.distill_weight >= 0 and recipe.temperature > 0):
+    if not ((recipe.distill_weight or 0) >= 0 and recipe.temperature > 0):
         raise ValueError(f"`distill_weight` must be 0 or more and `temperature` above 0, got {recipe.distill_weight!r} "
                          f"and {recipe.temperature!r}")
     least = {'calibration': 1, 'n_sparse': 0, 'expert_r': 0, 'r': 1, 'r_high': 1, 'r_low': 1, 'batch_size': 1,

@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import torch.nn.functional as F
+import transformers
 from fastcore.basics import patch
 from torch import nn
 from tqdm.auto import tqdm
@@ -620,6 +621,8 @@ def _mean_k(shares, threshold):
 # %% ../nbs/22_router.ipynb #21f56237
 def _other_acts(arch):
     "Name of the activation of every feed-forward layer where it is not the one that the config asks for"
+    if getattr(transformers, type(arch.base).__name__, None) is not type(arch.base):
+        return None  # such a model cannot be saved, which `save_model` says itself
     with torch.device('meta'):
         fresh = Arch(type(arch.base)(copy.deepcopy(arch.base.config)), family=arch.family)
     pairs = [(f, f.act, g.act) for f, g in zip(arch.ffns, fresh.ffns) if f.names.act]

@@ -153,6 +153,11 @@ def coactivation(
 ) -> dict[int, torch.Tensor]:         # Row to (F, F), symmetric
     "Measure which neurons of each feed-forward layer contribute together"
     rows = list(range(len(arch.ffns)) if rows is None else rows)
+    if not set(rows) <= set(range(len(arch.ffns))):
+        raise ValueError(f"`rows` must be numbers from 0 to {len(arch.ffns) - 1}, got {rows}")
+    for ffn in (arch.ffns[row] for row in rows):
+        if getattr(ffn.down.linear, 'weight', None) is None:
+            raise ValueError(f"{ffn.name} is a {type(ffn.down.linear).__name__}: only plain layers can be measured")
     found = {row: torch.zeros(arch.ffns[row].d_ff, arch.ffns[row].d_ff) for row in rows}
     training = arch.model.training
     arch.model.eval()

@@ -1,0 +1,174 @@
+"""MoEBERT: experts that share their most important neurons against a dense student as large as what runs, on real data.
+
+    python experiments/moebert.py --data_dir DATA --stage tune --jobs 2
+    python experiments/moebert.py --data_dir DATA --jobs 2 --minutes 60
+    python experiments/moebert.py --data_dir DATA --stage ablate --jobs 2 --minutes 60
+
+A MiniLM (six layers of 1,536 neurons) is fine-tuned; it is the teacher of every student, and every student is made from
+it and trained for the same number of steps: 'moebert' is dealt out into experts, 'dense-student' keeps the neurons that
+matter most, as many as run in an expert, and 'dense-more' is the teacher itself, trained on. The first command tries
+learning rates and weights on a slice of the training rows, the second compares a quarter and half of the neurons, the
+third leaves out one thing after the other: the teacher, importance, shared neurons, hash routing, completeness. Each
+cell leaves a file in experiments/results/moebert; what is there is not run again.
+"""
+import tempfile
+from functools import lru_cache, partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from fastcore.script import call_parse, store_true
+from moefication import kept
+from prune_lora import answers, choices, setting, slice_of
+
+from tpa_nb.arch import Arch
+from tpa_nb.distill import distill
+from tpa_nb.importance import neuron_importance
+from tpa_nb.moebert import BalanceLoss, active_params, moebert, token_counts
+from tpa_nb.profile import count_flops, latency_together
+from tpa_nb.prune import prune_neurons, select_neurons
+from tpa_nb.runner import Cell, missing_cells, read_cells, run_cells
+from tpa_nb.tasks import load_task
+from tpa_nb.train import finetune
+
+FOLDER = Path(__file__).parent / 'results' / 'moebert'
+EPOCHS = {'sst2': 1, 'mnli': 1, 'mrpc': 5, 'cola': 5, 'rte': 6}  # of the teacher, and of every student
+TEACHER_LR = 1e-4
+SIZES = {384: 256, 768: 512}  # neurons that run in a layer, and those that all experts share: a quarter and half
+STUDENTS = ('moebert', 'dense-student')
+RATES, WEIGHTS = (1e-4, 3e-4), (1, 5)
+TUNED = ('mrpc', 'cola')  # the tasks that are tuned on; the best on their mean is used for all
+ABLATIONS = (dict(teacher=0), dict(criterion='random'), dict(criterion='inverse'), dict(router='token'),
+             dict(router='sentence'), dict(router='balanced'), dict(shared=0), dict(shared=128), dict(shared=320),
+             dict(experts=4))
+
+
+def tuning_grid():
+    "Cells that try learning rates and weights, for both kinds of student"
+    return [Cell(task, f'tune-{way}', setting(lr=lr, weight=weight))
+            for way, weight, lr, task in product(STUDENTS, WEIGHTS, RATES, TUNED)]
+
+
+def grid(tasks, seeds):
+    "Cells of the comparison, what decides first"
+    found = []
+    for seed, size, task in product(seeds, SIZES, tasks):
+        found += [Cell(task, way, setting(size=size), seed) for way in STUDENTS]
+        found += [Cell(task, 'teacher', seed=seed), Cell(task, 'dense-more', seed=seed)]
+    return list(dict.fromkeys(found))
+
+
+def ablation_grid(tasks, seeds):
+    "Cells that differ from 'moebert' at a quarter of the neurons in one thing"
+    return [Cell(task, 'moebert', setting(size=384, **change), seed)
+            for seed, change, task in product(seeds, ABLATIONS, tasks)]
+
+
+@lru_cache
+def best(way):
+    "Learning rate and weight with the best mean score on slices of the training rows"
+    done = {(c['task'], c['setting']): c['result'] for c in read_cells(FOLDER) if c['method'] == f'tune-{way}'}
+    mean = {}
+    for lr, weight in product(RATES, WEIGHTS):
+        found = [done.get((task, setting(lr=lr, weight=weight))) for task in TUNED]
+        if None in found:
+            raise ValueError(f"{way} at {lr:g} with weight {weight} has not been tried on {', '.join(TUNED)}; run "
+                             "--stage tune first")
+        mean[lr, weight] = sum(r[r['metric']] for r in found) / len(found)
+    return max(mean, key=mean.get)
+
+
+def epochs(task):
+    return EPOCHS[task.name.removesuffix('_partial')]
+
+
+def taught(task, seed, cache):
+    "The teacher; cells of one task and seed share it"
+    def make():
+        return finetune(Arch.from_pretrained('minilm', task, seed), task, epochs(task), TEACHER_LR, seed=seed,
+                        mixed_precision='bf16')
+    return kept(Path(cache) / f'teacher-{task.name}-{seed}', make)
+
+
+def scores_of(arch, task, seed, criterion):
+    "Scores of the neurons, by importance on training rows, the other way round, or by chance"
+    imp = neuron_importance(arch, task.calibration(min(512, len(task.train)), seed))
+    if criterion == 'random':
+        draw = torch.Generator().manual_seed(seed)
+        return [torch.rand(scores.shape, generator=draw) for scores in imp]
+    return [-scores for scores in imp] if criterion == 'inverse' else imp
+
+
+def student_of(arch, way, task, seed, asked):
+    "The student before it has learnt anything"
+    if way == 'dense-more':
+        return arch
+    size = asked.get('size', next(iter(SIZES)))
+    imp = scores_of(arch, task, seed, asked.get('criterion', 'importance'))
+    if way == 'dense-student':
+        return prune_neurons(arch, select_neurons(imp, keep=[size] * len(imp)))
+    router = asked.get('router', 'hash')
+    counts = token_counts(arch, task.examples('train')) if router == 'balanced' else None
+    return moebert(arch, imp, size, asked.get('shared', SIZES[size]), asked.get('experts'),
+                   'hash' if router == 'balanced' else router, counts, seed=seed)
+
+
+def train(student, teacher, task, seed, lr, weight, router):
+    "Distil, or fine-tune where there is no weight; learned routers are kept even"
+    settings = dict(lr=lr, seed=seed + 1000, mixed_precision='bf16',
+                    added=[BalanceLoss(student)] if router in ('token', 'sentence') else [])
+    if weight:
+        return distill(student, teacher, task, epochs(task), weight, **settings)
+    return finetune(student, task, epochs(task), **settings)
+
+
+def run(cell, data_dir, cache):
+    "Carry out one cell"
+    torch.manual_seed(cell.seed)
+    task, asked = load_task(cell.task, data_dir=data_dir, partial=True), choices(cell)
+    tuning, way = cell.method.startswith('tune-'), cell.method.removeprefix('tune-')
+    task, cache = slice_of(task) if tuning else task, Path(cache) / ('part' if tuning else 'whole')
+    teacher = taught(task, cell.seed, cache)
+    arch, lr, weight = teacher, TEACHER_LR, 0
+    if way != 'teacher':
+        arch = student_of(teacher.clone(), way, task, cell.seed, asked)
+        if way in STUDENTS:
+            lr, weight = (asked['lr'], asked['weight']) if tuning else best(way)
+        weight = asked.get('teacher', 1) * weight
+        train(arch, teacher, task, cell.seed, lr, weight, asked.get('router'))
+    times = latency_together({'dense': teacher, 'this': arch}, batch_size=32, seq_len=64, repeats=5, warmup=2)
+    return {**answers(arch, task), 'lr': lr, 'weight': weight, **active_params(arch), 'flops': count_flops(arch),
+            'latency': {name: t.median for name, t in times.items()},
+            'steps': sum(h.get('steps', 0) for h in arch.history), 'partial': task.partial,
+            'rows': {'train': len(task.train), 'validation': len(task.validation)},
+            'made': [h for h in arch.history if h['verb'] == 'moebert']}
+
+
+@call_parse
+def main(
+    data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
+    tasks: str = 'mrpc,rte,cola',        # Tasks, with commas
+    seeds: int = 2,                      # Seeds 0, 1, ...
+    stage: str = 'grid',                 # 'tune', 'grid' (the comparison) or 'ablate'
+    shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
+    minutes: float = None,               # Begin no cell that would not end within this time
+    jobs: int = 1,                       # Cells side by side
+    cache_dir: str = '',                 # Folder for models that cells share; a temporary one if not given
+    dry_run: store_true = False,         # Say which cells are missing; run nothing
+):
+    "Run the cells that are missing"
+    if not data_dir and not dry_run:
+        raise SystemExit('moebert.py: give --data_dir, a folder with <task>/train.parquet and validation.parquet')
+    names = tasks.split(',')
+    cells = {'tune': tuning_grid, 'grid': lambda: grid(names, range(seeds)),
+             'ablate': lambda: ablation_grid(names, range(seeds))}[stage]()
+    if dry_run:
+        missing = missing_cells(cells, FOLDER)
+        print(f'{len(cells) - len(missing)} of {len(cells)} cells are done; missing:')
+        print(*(c.name for c in missing), sep='\n')
+        return
+    with tempfile.TemporaryDirectory() as tmp:
+        errors = run_cells(cells, partial(run, data_dir=data_dir, cache=cache_dir or tmp), FOLDER, shard, minutes, jobs)
+    for name, text in errors.items():
+        print(f'{name} failed:\n{text}')
+    raise SystemExit(1 if errors else 0)
