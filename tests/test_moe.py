@@ -18,7 +18,7 @@ from tpa_nb.lora import add_lora
 from tpa_nb.moe import moefy, moes
 from tpa_nb.save import load_model, save_model
 
-READ = ('import sys, torch, tpa_nb.router; from safetensors.torch import load_file; '
+READ = ('import sys, torch; from safetensors.torch import load_file; '
         'from tpa_nb.save import load_model; batch = load_file(sys.argv[2]); want = batch.pop("want"); '
         'got = load_model(sys.argv[1]).model(**batch).logits; ')
 

@@ -9,12 +9,14 @@ __all__ = ['structure_steps', 'adapter_kinds', 'StructureStep', 'register_step',
 # %% ../nbs/08_save.ipynb #bb97f940
 import copy
 import hashlib
+import importlib
 import json
 import os
 import re
 import secrets
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,10 +55,14 @@ def register_step(
     "Make `step` known to `save_model` and `load_model`"
     if not isinstance(step, StructureStep):
         raise TypeError(f"`step` must be a StructureStep, got {type(step).__name__}")
-    if step.name in structure_steps and structure_steps[step.name] != step:
+    if _origin(structure_steps.get(step.name, step)) != _origin(step):
         raise ValueError(f"`step` {step.name!r} is registered already; known: {', '.join(structure_steps)}")
     structure_steps[step.name] = step
     return step
+
+def _origin(step):
+    "Names of the functions of `step`: a notebook that runs beside its own module makes the same ones twice"
+    return step.describe.__qualname__, step.rebuild.__qualname__
 
 # %% ../nbs/08_save.ipynb #c7b7be27
 def _describe_heads(arch):
@@ -199,10 +205,15 @@ def _model_class(name, model_type):
 
 def _step(name):
     "The structure step `name`"
-    if name not in structure_steps:
-        raise ValueError(f"structure step {name!r} is not known; known: {', '.join(structure_steps)}. "
-                         "`import tpa_nb.all` makes the steps of every module known")
+    if not _is_known(name, structure_steps):
+        raise ValueError(f"structure step {name!r} is not known; known: {', '.join(structure_steps)}")
     return structure_steps[name]
+
+def _is_known(name, table):
+    "Is `name` in `table`, at the latest when every module of the package has added its own?"
+    if name not in table:
+        importlib.import_module('tpa_nb.all')
+    return name in table
 
 def _skeleton(config, model_class, structure, ties):
     "A model of this structure, its weights still without meaning"
@@ -569,9 +580,8 @@ def _lora_config(path, name, weights):
     if f'{sub}/adapter_model.safetensors' not in weights or not (path / sub / 'adapter_config.json').is_file():
         raise ValueError(f"its adapter {name!r} lacks {sub}/adapter_model.safetensors or {sub}/adapter_config.json")
     kind = json.loads((path / sub / 'adapter_config.json').read_text(encoding='utf-8'))['peft_type']
-    if kind not in adapter_kinds:
-        raise ValueError(f"its adapter {name!r} is of the kind {kind!r}; known: {', '.join(adapter_kinds)}. "
-                         "`import tpa_nb.all` makes the kinds of every module known")
+    if not _is_known(kind, adapter_kinds):
+        raise ValueError(f"its adapter {name!r} is of the kind {kind!r}; known: {', '.join(adapter_kinds)}")
     config = adapter_kinds[kind].from_pretrained(str(path / sub))
     if config.megatron_config:
         raise ValueError(f"its adapter {name!r} needs Megatron")
@@ -613,8 +623,9 @@ def load_model(
     try:
         recipe = _read_recipe(path)
         weights = _read_weights(path, recipe)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             arch = _load_base(path, recipe, weights, attn_implementation or recipe['attention'])
+            warnings.filterwarnings('ignore', '.*is_gradient_checkpointing', FutureWarning)  # PEFT asks by its old name
             _load_adapter(arch, path, recipe['adapter'], weights)
         _set_trainable(arch.model, recipe['trainable'])
     except (AttributeError, KeyError, TypeError) as e:
