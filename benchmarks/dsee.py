@@ -6,15 +6,11 @@ which a merge is exact; 'lora again' shows the noise of the measurement. Everyth
 
     python benchmarks/dsee.py --threads 1 --clock cpu --out benchmarks/results/dsee.json
 """
-import argparse
-import json
-import shlex
 import statistics
-import sys
-import time
-from pathlib import Path
+from functools import partial
 
 import torch
+from common import CLOCKS, command_line, command_of, in_turns, set_threads, timing_options, write
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tpa_nb.arch import Arch
@@ -23,7 +19,6 @@ from tpa_nb.lora import add_lora, n_trainable
 from tpa_nb.masks import mask_from_update
 from tpa_nb.profile import provenance
 
-CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 MODELS = ('lora', 'lora again', 'dsee', 'weight', 'merged')
 
 
@@ -54,21 +49,6 @@ def step(arch, optimizer, batch):
     optimizer.zero_grad(set_to_none=True)
 
 
-def timed_steps(models, optimizers, batch, args):
-    "Seconds of each step, by name"
-    clock, times = CLOCKS[args.clock], {name: [] for name in models}
-    sync = torch.cuda.synchronize if args.device == 'cuda' else lambda: None
-    for i in range(-args.warmup, args.repeats):
-        for name in (list(models) if i % 2 == 0 else reversed(models)):
-            sync()
-            start = clock()
-            step(models[name], optimizers[name], batch)
-            sync()
-            if i >= 0:
-                times[name].append(clock() - start)
-    return times
-
-
 def kept(arch, optimizer):
     "Numbers that train, numbers that the optimiser keeps for them, and bytes of the adapter on disk"
     state = [t for entry in optimizer.state.values() for t in entry.values() if t.numel() > 1]
@@ -84,7 +64,9 @@ def measure(args):
                   for k, a in models.items()}
     ids = torch.randint(5, 3000, (args.batch_size, args.seq_len), generator=torch.Generator().manual_seed(0))
     batch = {'input_ids': ids.to(args.device), 'labels': (torch.arange(args.batch_size) % 2).to(args.device)}
-    times = timed_steps(models, optimizers, batch, args)
+    sync = torch.cuda.synchronize if args.device == 'cuda' else lambda: None
+    steps = {name: partial(step, models[name], optimizers[name], batch) for name in models}
+    times = in_turns(steps, args.repeats, args.warmup, CLOCKS[args.clock], sync=sync)
     for name in models:
         ratios = [a / b for a, b in zip(times[name], times['lora'])]
         low, _, high = statistics.quantiles(ratios, n=4)
@@ -94,7 +76,7 @@ def measure(args):
 
 def parse(argv=None):
     "The command line"
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = command_line(__doc__)
     p.add_argument('--models', nargs='+', default=list(MODELS), choices=MODELS, help="'lora' must be the first")
     p.add_argument('--width', type=int, default=768)
     p.add_argument('--layers', type=int, default=4, help='a layer more adds the same to every model')
@@ -102,30 +84,21 @@ def parse(argv=None):
     p.add_argument('--n_sparse', type=int, default=16)
     p.add_argument('--batch_size', type=int, default=8)
     p.add_argument('--seq_len', type=int, default=128)
-    p.add_argument('--repeats', type=int, default=15, help='timed steps of each model')
-    p.add_argument('--warmup', type=int, default=2, help='steps of each model before the clock starts')
-    p.add_argument('--threads', type=int, default=None, help="CPU threads (default: torch's)")
     p.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
-    p.add_argument('--clock', default='wall', choices=sorted(CLOCKS),
-                   help='cpu: time of this process only, for a machine that others use too; take one thread then')
-    p.add_argument('--out', type=Path, default=None, help='write the figures to this JSON file')
+    timing_options(p, repeats=15, warmup=2)
     return p.parse_args(argv)
 
 
 def main(argv=None):
     "Run, print and write"
     args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args)
     settings = {k: v for k, v in vars(args).items() if k != 'out'}
-    found = {'command': shlex.join(['python', 'benchmarks/dsee.py', *(sys.argv[1:] if argv is None else argv)]),
-             'settings': settings, 'provenance': dict(provenance()), 'rows': list(measure(args))}
+    found = {'command': command_of('dsee', argv, args.out), 'settings': settings, 'provenance': dict(provenance()), 'rows': list(measure(args))}
     for row in found['rows']:
         print('{model:>10}: {ms:8.1f} ms, {ratio:.3f} of LoRA, {trainable:,} trainable, {adapter_bytes:,} bytes'.format(
             **row))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=1))
+    write(found, args.out)
 
 
 if __name__ == '__main__':

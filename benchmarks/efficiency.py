@@ -10,15 +10,11 @@ than the ratios.
     python benchmarks/efficiency.py --device cuda --shapes 32x128 256x128 --repeats 20 --warmup 5 --dtypes float32
         bfloat16 --out benchmarks/results/efficiency_cuda.json
 """
-import argparse
 import json
-import os
-import shlex
-import sys
 import time
-from pathlib import Path
 
 import torch
+from common import CLOCKS, command_line, command_of, set_threads, shape, timing_options, write
 from transformers import BertConfig, BertForSequenceClassification
 
 from tpa_nb.arch import Arch
@@ -30,7 +26,6 @@ KEPT_ON_RTE = (7, 10, 11, 10, 8, 8, 8, 8, 5, 10, 7, 9)
 TOP_BLOCKS = (2, 11, 3, 1)         # the four most important blocks of RTE
 AS_CODED = (1, 2, 3, 10, 11)       # what the paper's code gives rank 8, because 'layer.1' is also found in 'layer.10'
 TINY = dict(vocab_size=99, hidden_size=48, intermediate_size=96, max_position_embeddings=64)
-CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 DTYPES = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
@@ -132,32 +127,19 @@ def where_time_goes(config, models, args, shape):
             'roofline': {n: records(roofline(a, machine, *shape, seconds, clock)) for n, a in bare.items()}}
 
 
-def shape(text):
-    "'8x128' as (8, 128)"
-    try:
-        batch_size, seq_len = (int(part) for part in text.lower().split('x'))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a batch x length, such as 8x128") from None
-    return batch_size, seq_len
-
-
 def parse(argv=None):
     "The command line"
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = command_line(__doc__)
     p.add_argument('--shapes', nargs='+', type=shape, default=[(8, 128), (32, 128)], help='batch x length, e.g. 8x128')
     p.add_argument('--dtypes', nargs='+', default=['float32'], choices=list(DTYPES),
                    help='precision of training: the second and later ones by autocast, on the first shape only')
     p.add_argument('--repeats', nargs='+', type=int, default=[5, 3],
                    help='turns that are timed: one number, or one for each shape')
-    p.add_argument('--warmup', type=int, default=1, help='turns before the clock starts')
-    p.add_argument('--threads', type=int, default=None, help="CPU threads (default: torch's)")
-    p.add_argument('--clock', default='wall', choices=sorted(CLOCKS),
-                   help='cpu: time of this process only, for a machine that others use too; take one thread then')
     p.add_argument('--device', default='cpu', help='cpu, cuda, ...')
     p.add_argument('--sections', nargs='+', default=list(SECTIONS), choices=list(SECTIONS),
                    help='what to measure; some of them replace those parts of the file that --out names')
     p.add_argument('--quick', action='store_true', help='a tiny model on tiny batches: does everything run?')
-    p.add_argument('--out', type=Path, default=None, help='write the figures to this JSON file, section by section')
+    timing_options(p, repeats=None, warmup=1)
     args = p.parse_args(argv)
     if args.quick:
         args.shapes, args.repeats = [(2, 16)], [2]
@@ -165,15 +147,6 @@ def parse(argv=None):
         p.error(f'--repeats needs one number, or one for each of the {len(args.shapes)} shapes')
     args.repeats = (args.repeats * len(args.shapes))[:len(args.shapes)]
     return args
-
-
-def save(found, path):
-    "Write what there is so far, whole or not at all"
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix('.part')
-        part.write_text(json.dumps(found, indent=1) + '\n')
-        os.replace(part, path)
 
 
 def show(one):
@@ -184,7 +157,7 @@ def show(one):
               f"{row['floor']:.3f})  peak {row['peak_bytes'] / 2 ** 20:9,.1f} MiB  x {row['peak x']:.3f}", flush=True)
 
 
-def start(args, given):
+def start(args, argv):
     "The record: a new one, or where only some sections are asked for, the one that is there"
     if args.sections != list(SECTIONS):
         if not args.out or not args.out.exists():
@@ -193,7 +166,7 @@ def start(args, given):
     model = 'tiny BERT' if args.quick else 'BERT-base from its config, random weights'
     return {'benchmark': 'efficiency', 'model': model, 'kept_heads': KEPT_ON_RTE, 'top_blocks': TOP_BLOCKS,
             'device': args.device, 'clock': args.clock,
-            'command': shlex.join(['python', 'benchmarks/efficiency.py', *given]), 'provenance': dict(provenance())}
+            'command': command_of('efficiency', argv, args.out), 'provenance': dict(provenance())}
 
 
 def count_section(found, config, models, args):
@@ -211,7 +184,7 @@ def training_section(found, config, models, args):
         for dtype in args.dtypes if size == args.shapes[0] else args.dtypes[:1]:
             found['training'].append(training(models, args, size, repeats, dtype))
             show(found['training'][-1])
-            save(found, args.out)
+            write(found, args.out)
 
 
 def latency_section(found, config, models, args):
@@ -237,17 +210,15 @@ SECTIONS = {'counts': count_section, 'training': training_section, 'latency': la
 def main(argv=None):
     "Run, print, and write after each section"
     args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args)
     config, began = (TINY if args.quick else {}), time.perf_counter()
-    words = sys.argv[1:] if argv is None else argv
-    found = start(args, [w for w in words if w not in ('--out', str(args.out))])
+    found = start(args, argv)
     models = trio(config, args.device)
     for name in args.sections:
         SECTIONS[name](found, config, models, args)
-        save(found, args.out)
+        write(found, args.out)
     found['seconds'] = {**found.get('seconds', {}), ' '.join(args.sections): round(time.perf_counter() - began, 1)}
-    save(found, args.out)
+    write(found, args.out)
     print(provenance())
 
 

@@ -5,23 +5,17 @@ that want many tokens per expert. Dense layer and plans run in turns on the same
 turns of the plan's time by the dense layer's. What a router costs is not included; sorting the pairs of token and
 expert is.
 """
-import argparse
-import json
-import shlex
 import statistics
-import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import CLOCKS, command_line, command_of, in_turns, set_threads, timing_options, write
 from torch import nn
 
 from tpa_nb.experts import Experts, choose_plan, plans
 from tpa_nb.profile import provenance
 from tpa_nb.split import _kmeans, _within
 
-CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 TARGETS = {(torch.float32, True, 128): {1: 0.25, 8: 0.5, 64: 0.5, 512: 0.3, 2048: 0.3},  # what the project set itself
            (torch.float32, True, 32): {1: 0.25, 8: 0.7, 64: 0.7, 512: 0.6, 2048: 0.6}}
 
@@ -45,18 +39,6 @@ def dense_call(experts, x):
     return lambda: F.linear(experts.act(F.linear(x, gate)) * F.linear(x, up), down, experts.bias)
 
 
-def in_turns(calls, repeats, warmup, inner, clock):
-    "Milliseconds of each call, `repeats` of them; each is the mean of `inner` runs in a row"
-    times = {name: [] for name in calls}
-    for i in range(-warmup, repeats):
-        for name in (list(calls) if i % 2 == 0 else list(reversed(calls))):
-            start = clock()
-            for _ in range(inner):
-                calls[name]()
-            times[name] += [(clock() - start) / inner * 1e3] if i >= 0 else []
-    return times
-
-
 @torch.no_grad()
 def measure(experts, tokens, share, repeats, warmup, clock, seed):
     "One row: the dense layer and every plan that can run"
@@ -70,7 +52,7 @@ def measure(experts, tokens, share, repeats, warmup, clock, seed):
     calls |= {name: lambda plan=plans[name]: plan.run(experts, x, chosen) for name in able}
     want = plans['masked'].run(experts, x, chosen).float()
     errors = {n: ((plans[n].run(experts, x, chosen).float() - want).norm() / want.norm()).item() for n in able}
-    times = in_turns(calls, repeats, warmup, max(1, 64 // tokens), clock)
+    times = in_turns(calls, repeats, warmup, clock, inner=max(1, 64 // tokens))
     ratios = {n: round(statistics.median(p / d for p, d in zip(times[n], times['dense'])), 4) for n in able}
     torch_only = {n: r for n, r in ratios.items() if n != 'compiled'}
     return {'tokens': tokens, 'n_experts': experts.n_experts, 'expert_size': experts.expert_size, 'k': k,
@@ -78,8 +60,8 @@ def measure(experts, tokens, share, repeats, warmup, clock, seed):
             'ratios': ratios, 'errors': errors, 'auto': choose_plan(experts, x, chosen),
             'best': min(ratios, key=ratios.get), 'best_without_compiler': min(torch_only, key=torch_only.get),
             'target': TARGETS.get((experts.up.dtype, experts.gate is None, experts.expert_size), {}).get(tokens),
-            'median_ms': {n: round(statistics.median(t), 4) for n, t in times.items()},
-            'iqr_ms': {n: round(spread(t), 4) for n, t in times.items()}}
+            'median_ms': {n: round(1e3 * statistics.median(t), 4) for n, t in times.items()},
+            'iqr_ms': {n: round(1e3 * spread(t), 4) for n, t in times.items()}}
 
 
 def spread(times):
@@ -108,7 +90,7 @@ def split_rows(d_model, d_ff, n_experts, clock, seeds=2):
 
 def parse(argv=None):
     "The command line"
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = command_line(__doc__)
     p.add_argument('--d_model', type=int, default=768)
     p.add_argument('--d_ff', type=int, default=3072)
     p.add_argument('--experts', nargs='+', type=int, default=[24, 96], help='numbers of experts; divide d_ff')
@@ -117,13 +99,8 @@ def parse(argv=None):
     p.add_argument('--dtypes', nargs='+', default=['float32'], choices=['float32', 'bfloat16', 'float16'])
     p.add_argument('--gated', action='store_true', help='time gated layers too')
     p.add_argument('--split', action='store_true', help='time balanced k-means too')
-    p.add_argument('--repeats', type=int, default=9, help='timed turns')
-    p.add_argument('--warmup', type=int, default=2, help='turns before the clock counts')
-    p.add_argument('--threads', type=int, default=None, help="CPU threads (default: torch's)")
-    p.add_argument('--clock', default='wall', choices=sorted(CLOCKS),
-                   help='cpu: time of this process only, for a machine that others use too; take one thread then')
     p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--out', type=Path, default=None, help='write the figures to this JSON file')
+    timing_options(p, repeats=9, warmup=2)
     return p.parse_args(argv)
 
 
@@ -138,8 +115,7 @@ def report(row):
 def main(argv=None):
     "Run, print and write"
     args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args)
     rows, clock = [], CLOCKS[args.clock]
     print(f"{'dtype':9} {'':6} {'experts':>11} {'tokens':>7} {'dense ms':>9} {' '.join(f'{n:>8}' for n in plans)}")
     for dtype in args.dtypes:
@@ -155,14 +131,9 @@ def main(argv=None):
     record = provenance()
     print('ratios to the dense layer, medians over turns')
     print(record)
-    if args.out:
-        given = [part for part in (argv or sys.argv[1:]) if part not in ('--out', str(args.out))]
-        result = {'benchmark': 'experts', 'd_model': args.d_model, 'd_ff': args.d_ff, 'share': args.share,
-                  'seed': args.seed, 'clock': args.clock, 'repeats': args.repeats,
-                  'command': shlex.join(['python', 'benchmarks/experts.py', *given]), 'provenance': record,
-                  'rows': rows, 'split': split}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + '\n')
+    write({'benchmark': 'experts', 'd_model': args.d_model, 'd_ff': args.d_ff, 'share': args.share, 'seed': args.seed,
+           'clock': args.clock, 'repeats': args.repeats, 'command': command_of('experts', argv, args.out),
+           'provenance': record, 'rows': rows, 'split': split}, args.out)
 
 
 if __name__ == '__main__':

@@ -8,22 +8,16 @@ model is faster.
 
     python benchmarks/families.py --out benchmarks/results/families.json
 """
-import argparse
-import json
-import shlex
 import statistics
-import sys
-import time
-from pathlib import Path
 
 import torch
+from common import CLOCKS, command_line, command_of, set_threads, timing_options, write
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tpa_nb.arch import Arch, families
 from tpa_nb.families import tiny_arch
 from tpa_nb.profile import count_flops, latency_together, provenance
 
-CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 _ENCODER = dict(hidden_size=768, num_hidden_layers=4, num_attention_heads=12, intermediate_size=3072)
 _LLAMA = dict(**_ENCODER, num_key_value_heads=4, pad_token_id=0, vocab_size=32000)
 BASE = {'bert': _ENCODER, 'roberta': _ENCODER, 'electra': dict(**_ENCODER, embedding_size=768),
@@ -79,28 +73,22 @@ def break_even(rows):
 
 def parse(argv=None):
     "The command line"
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = command_line(__doc__)
     p.add_argument('--families', nargs='+', default=sorted(BASE), choices=sorted(BASE))
     p.add_argument('--batch_sizes', nargs='+', type=int, default=[1, 4, 16])
     p.add_argument('--seq_len', type=int, default=128)
-    p.add_argument('--repeats', type=int, default=7, help='timed passes of each model')
-    p.add_argument('--warmup', type=int, default=2, help='passes of each model before the clock starts')
-    p.add_argument('--threads', type=int, default=None, help="CPU threads (default: torch's)")
-    p.add_argument('--clock', default='wall', choices=sorted(CLOCKS),
-                   help='cpu: time of this process only, for a machine that others use too; take one thread then')
     p.add_argument('--tiny', action='store_true', help='the tiny models of the tests: tries the script out')
-    p.add_argument('--out', type=Path, default=None, help='write the figures to this JSON file')
+    timing_options(p, repeats=7, warmup=2)
     return p.parse_args(argv)
 
 
 def main(argv=None):
     "Run, print and write"
     args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args)
     assert set(BASE) <= set(families), 'a family without a record'
-    found = {'command': shlex.join(['python', 'benchmarks/families.py', *(argv or sys.argv[1:])]),
-             'clock': args.clock, 'provenance': dict(provenance()), 'rows': []}
+    found = {'command': command_of('families', argv, args.out), 'clock': args.clock, 'provenance': dict(provenance()),
+             'rows': []}
     rows = found['rows']
     for family in args.families:
         rows += measure(family, args.batch_sizes, args.seq_len, args.repeats, args.warmup, args.clock,
@@ -108,9 +96,7 @@ def main(argv=None):
         for row in rows[-3 * len(args.batch_sizes):]:
             print('{family:>10} {removed:>8} {batch_size:>3} x {seq_len}: {ms:8.1f} ms, {ratio:.3f} of dense, '
                   'floor {floor:.3f}'.format(**row), flush=True)
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(found, indent=1))
+        write(found, args.out)
 
 
 if __name__ == '__main__':

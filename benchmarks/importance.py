@@ -5,13 +5,11 @@ gradients (as the older scripts do), the same loop with frozen weights, and `hea
 
     python benchmarks/importance.py --model minilm --task toy_pairs --n 256 --out benchmarks/results/importance_cpu.json
 """
-import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from common import command_line, output_option, write
 
 from tpa_nb.arch import Arch
 from tpa_nb.importance import head_derivatives, head_gates
@@ -48,14 +46,14 @@ def timed(run):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = command_line(__doc__)
     p.add_argument('--model', default='minilm')
     p.add_argument('--task', default='toy_pairs')
     p.add_argument('--data_dir')
     p.add_argument('--n', type=int, default=256, help='examples')
     p.add_argument('--batch_size', type=int, default=32, help='examples per backward pass of head_derivatives')
     p.add_argument('--rounds', type=int, default=3, help='times that each way is run')
-    p.add_argument('--out', type=Path)
+    output_option(p)
     args = p.parse_args()
     task = load_task(args.task, data_dir=args.data_dir)
     arch = Arch.from_pretrained(args.model, task)
@@ -80,11 +78,9 @@ def main():
         print(f'{name:28} {s:7.2f} s   {s / fast:5.1f} x')
     print(f'largest difference of the mean absolute derivatives: {worst:.1e} (the largest is {largest:.1e})')
     print(provenance())
-    if args.out:
-        found = dict(model=args.model, task=args.task, examples=args.n, mean_tokens=tokens, batch_size=args.batch_size,
-                     seconds=seconds, medians=medians, ratio={k: v / fast for k, v in medians.items()},
-                     largest_difference=worst, provenance=dict(provenance()))
-        args.out.write_text(json.dumps(found, indent=1))
+    write(dict(model=args.model, task=args.task, examples=args.n, mean_tokens=tokens, batch_size=args.batch_size,
+               seconds=seconds, medians=medians, ratio={k: v / fast for k, v in medians.items()},
+               largest_difference=worst, provenance=dict(provenance())), args.out)
 
 
 if __name__ == '__main__':

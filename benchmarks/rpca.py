@@ -7,15 +7,11 @@ is what one core alone would take.
 
     python benchmarks/rpca.py --threads 2 --out benchmarks/results/rpca.json
 """
-import argparse
-import json
-import shlex
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
+from common import command_line, command_of, output_option, write
 
 from tpa_nb.arch import Arch
 from tpa_nb.profile import provenance
@@ -62,7 +58,7 @@ def row(kind, algorithm, W, times, **more):
 
 def parse(argv=None):
     "The command line"
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = command_line(__doc__)
     p.add_argument('--matrices', type=int, default=24)
     p.add_argument('--size', type=int, default=768)
     p.add_argument('--rank', type=int, default=64)
@@ -73,7 +69,7 @@ def parse(argv=None):
     p.add_argument('--repeats', type=int, default=3)
     p.add_argument('--threads', type=int, default=2)
     p.add_argument('--no_minilm', action='store_true', help='leave the embedded model out')
-    p.add_argument('--out', type=Path, default=None, help='write the figures to this JSON file')
+    output_option(p)
     return p.parse_args(argv)
 
 
@@ -106,16 +102,13 @@ def main(argv=None):
     "Run, print and write"
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    found = {'command': shlex.join(['python', 'benchmarks/rpca.py', *(sys.argv[1:] if argv is None else argv)]),
-             'density': args.density, 'noise': args.noise, 'threads': args.threads, 'provenance': dict(provenance()),
+    found = {'command': command_of('rpca', argv, args.out), 'density': args.density, 'noise': args.noise, 'threads': args.threads, 'provenance': dict(provenance()),
              'rows': []}
     for line in measure(args):
         found['rows'].append(line)
         wrong_ones = f", {line['wrong_positions']} positions wrong" if 'wrong_positions' in line else ''
         print('{matrices:>8} {algorithm:>15} {shape}: {seconds:6.2f} s, {cpu_seconds:6.2f} s of CPU time'.format(**line) + wrong_ones, flush=True)
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(found, indent=1))
+        write(found, args.out)
 
 
 if __name__ == '__main__':

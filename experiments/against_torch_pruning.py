@@ -16,7 +16,6 @@ what exists.
 """
 import copy
 import statistics
-import tempfile
 import time
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -25,13 +24,14 @@ from pathlib import Path
 
 import torch
 from fastcore.script import call_parse, store_true
-from prune_lora import EPOCHS, WARM_UP, answers, best_rate, slice_of, warmed
+from prune_lora import EPOCHS, WARM_UP, best_rate, warmed
+from shared import answers, need_data, slice_of
 
 from tpa_nb.arch import Arch
 from tpa_nb.budget import prune_within, select_within, structure_importance
 from tpa_nb.compress import Recipe
 from tpa_nb.profile import count_flops, count_params, latency_together
-from tpa_nb.runner import Cell, missing_cells, read_cells, run_cells
+from tpa_nb.runner import Cell, missing_cells, read_cells, run_script
 from tpa_nb.tasks import load_task
 from tpa_nb.train import evaluate_model, finetune
 
@@ -253,25 +253,13 @@ def main(
     unknown = sorted(set(names) - set(SYSTEMS))
     if unknown:
         raise SystemExit(f'against_torch_pruning.py: no such systems: {unknown}; there are {sorted(SYSTEMS)}')
-    if not data_dir and not dry_run:
-        raise SystemExit('against_torch_pruning.py: give --data_dir, a folder with <task>/train.parquet and '
-                         'validation.parquet')
+    need_data('against_torch_pruning', data_dir, dry_run)
     cells = tuning_grid(names) if stage in ('tune', 'all') else []
     if stage in ('grid', 'all'):
         cells += grid(names, tasks.split(','), list(map(int, seeds.split(','))), list(map(int, latencies.split(','))))
     if jobs > 1 and stage == 'all' and missing_cells(tuning_grid(names), FOLDER):
         raise SystemExit('against_torch_pruning.py: the comparison waits for what tuning finds; run --stage tune first')
-    if dry_run:
-        missing = missing_cells(cells, FOLDER)
-        print(f'{len(cells) - len(missing)} of {len(cells)} cells are done; missing:')
-        print(*(c.name for c in missing), sep='\n')
-        return
-    if any(name != 'tpa' for name in names):
+    if not dry_run and any(name != 'tpa' for name in names):
         load_torch_pruning()
-    with tempfile.TemporaryDirectory() as tmp:
-        # one thread each: CPU time of several holds what they wait for each other
-        errors = run_cells(cells, partial(run, data_dir=data_dir, cache=cache_dir or tmp), FOLDER, shard, minutes, jobs,
-                           threads=1)
-    for name, text in errors.items():
-        print(f'{name} failed:\n{text}')
-    raise SystemExit(1 if errors else 0)
+    run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
+               jobs=jobs, threads=1)  # one thread each: CPU time of several holds what they wait for each other

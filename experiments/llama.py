@@ -9,20 +9,20 @@ temperature 1. Training stories serve importance and recovery; the validation st
 Each cell leaves a file in experiments/results/llama; nbs/results/llama.ipynb draws what exists.
 """
 import json
-import tempfile
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
 import torch
 from fastcore.script import call_parse, store_true
+from shared import choices, need, steps_of
 
 from tpa_nb.arch import Arch
 from tpa_nb.importance import head_importance, neuron_importance
 from tpa_nb.lora import add_lora, merge_lora
 from tpa_nb.profile import count_flops, count_params
 from tpa_nb.prune import prune_heads, prune_neurons, select_heads, select_neurons
-from tpa_nb.runner import Cell, missing_cells, read_cells, run_cells
+from tpa_nb.runner import Cell, read_cells, run_script
 from tpa_nb.text import text_task
 from tpa_nb.train import evaluate_model, finetune
 
@@ -106,8 +106,8 @@ def best_rate():
 def run(cell, model_dir, cache):
     "Carry out one cell"
     task, arch = stories(model_dir, cache), Arch.from_pretrained(model_dir)
-    choices = dict(part.split('=') for part in cell.setting.split(',') if part)
-    ratio, score = int(choices.get('ratio', 0)) / 100, lambda: evaluate_model(arch, task)['perplexity']
+    asked = choices(cell.setting)
+    ratio, score = asked.get('ratio', 0) / 100, lambda: evaluate_model(arch, task)['perplexity']
     if cell.method == 'tune':
         train, held = task.split(0.2, 0)
         task = text_task('stories', train.rows['text'][:], held.rows['text'][:], max_length=LENGTH)
@@ -119,14 +119,14 @@ def run(cell, model_dir, cache):
     found |= {'pruned': score(), 'params': count_params(arch)['params'], 'flops': count_flops(arch, 1, LENGTH),
               'heads': [a.n_heads for a in arch.attns], 'kv_heads': [a.n_kv_heads for a in arch.attns],
               'd_ff': [f.d_ff for f in arch.ffns]}
-    recover(arch, task, float(choices['lr']) if kind == 'tune' else best_rate(), cell.seed)
+    recover(arch, task, asked['lr'] if kind == 'tune' else best_rate(), cell.seed)
     start = torch.tensor([[arch.tokenizer.bos_token_id]])
     text = arch.model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=60, do_sample=False)
     return {**found, 'recovered': score(), 'greedy': arch.tokenizer.decode(text[0], skip_special_tokens=True),
             'recipe': dict(rank=RANK, targets=TARGETS, epochs=EPOCHS, batch_size=BATCH, calibration=256,
-                           lr=float(choices['lr']) if kind == 'tune' else best_rate(), max_length=LENGTH),
+                           lr=asked['lr'] if kind == 'tune' else best_rate(), max_length=LENGTH),
             'rows': {'train': len(task.train), 'validation': len(task.validation)},
-            'steps': sum(h.get('steps', 0) for h in arch.history)}
+            'steps': steps_of(arch)}
 
 
 @call_parse
@@ -141,18 +141,7 @@ def main(
     dry_run: store_true = False,         # Say which cells are missing; run nothing
 ):
     "Run the cells that are missing"
-    if not model_dir and not dry_run:
-        raise SystemExit('llama.py: give --model_dir, a folder with a Llama checkpoint and its tokenizer')
+    need('llama', 'model_dir', model_dir, 'a folder with a Llama checkpoint and its tokenizer', dry_run)
     cells = {'tune': tuning_grid, 'grid': lambda: grid(range(seeds))}[stage]()
-    if dry_run:
-        missing = missing_cells(cells, FOLDER)
-        print(f'{len(cells) - len(missing)} of {len(cells)} cells are done; missing:')
-        print(*(c.name for c in missing), sep='\n')
-        return
-    with tempfile.TemporaryDirectory() as tmp:
-        cache = cache_dir or tmp
-        stories(model_dir, cache)
-        errors = run_cells(cells, partial(run, model_dir=model_dir, cache=cache), FOLDER, shard, minutes, jobs)
-    for name, text in errors.items():
-        print(f'{name} failed:\n{text}')
-    raise SystemExit(1 if errors else 0)
+    run_script(cells, partial(run, model_dir=model_dir), FOLDER, cache_dir, dry_run, partial(stories, model_dir),
+               shard=shard, minutes=minutes, jobs=jobs)

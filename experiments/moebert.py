@@ -11,15 +11,13 @@ learning rates and weights on a slice of the training rows, the second compares 
 third leaves out one thing after the other: the teacher, importance, shared neurons, hash routing, completeness. Each
 cell leaves a file in experiments/results/moebert; what is there is not run again.
 """
-import tempfile
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
 import torch
 from fastcore.script import call_parse, store_true
-from moefication import kept
-from prune_lora import answers, choices, setting, slice_of
+from shared import answers, choices, kept, need_data, setting, slice_of, steps_of
 
 from tpa_nb.arch import Arch
 from tpa_nb.distill import distill
@@ -27,7 +25,7 @@ from tpa_nb.importance import neuron_importance
 from tpa_nb.moebert import BalanceLoss, active_params, moebert, token_counts
 from tpa_nb.profile import count_flops, latency_together
 from tpa_nb.prune import prune_neurons, select_neurons
-from tpa_nb.runner import Cell, missing_cells, read_cells, run_cells
+from tpa_nb.runner import Cell, best_setting, read_cells, run_script
 from tpa_nb.tasks import load_task
 from tpa_nb.train import finetune
 
@@ -67,15 +65,9 @@ def ablation_grid(tasks, seeds):
 @lru_cache
 def best(way):
     "Learning rate and weight with the best mean score on slices of the training rows"
-    done = {(c['task'], c['setting']): c['result'] for c in read_cells(FOLDER) if c['method'] == f'tune-{way}'}
-    mean = {}
-    for lr, weight in product(RATES, WEIGHTS):
-        found = [done.get((task, setting(lr=lr, weight=weight))) for task in TUNED]
-        if None in found:
-            raise ValueError(f"{way} at {lr:g} with weight {weight} has not been tried on {', '.join(TUNED)}; run "
-                             "--stage tune first")
-        mean[lr, weight] = sum(r[r['metric']] for r in found) / len(found)
-    return max(mean, key=mean.get)
+    tried = [setting(lr=lr, weight=weight) for lr, weight in product(RATES, WEIGHTS)]
+    found = choices(best_setting(read_cells(FOLDER), f'tune-{way}', tried, TUNED))
+    return found['lr'], found['weight']
 
 
 def epochs(task):
@@ -125,7 +117,7 @@ def train(student, teacher, task, seed, lr, weight, router):
 def run(cell, data_dir, cache):
     "Carry out one cell"
     torch.manual_seed(cell.seed)
-    task, asked = load_task(cell.task, data_dir=data_dir, partial=True), choices(cell)
+    task, asked = load_task(cell.task, data_dir=data_dir, partial=True), choices(cell.setting)
     tuning, way = cell.method.startswith('tune-'), cell.method.removeprefix('tune-')
     task, cache = slice_of(task) if tuning else task, Path(cache) / ('part' if tuning else 'whole')
     teacher = taught(task, cell.seed, cache)
@@ -139,7 +131,7 @@ def run(cell, data_dir, cache):
     times = latency_together({'dense': teacher, 'this': arch}, batch_size=32, seq_len=64, repeats=5, warmup=2)
     return {**answers(arch, task), 'lr': lr, 'weight': weight, **active_params(arch), 'flops': count_flops(arch),
             'latency': {name: t.median for name, t in times.items()},
-            'steps': sum(h.get('steps', 0) for h in arch.history), 'partial': task.partial,
+            'steps': steps_of(arch), 'partial': task.partial,
             'rows': {'train': len(task.train), 'validation': len(task.validation)},
             'made': [h for h in arch.history if h['verb'] == 'moebert']}
 
@@ -157,18 +149,9 @@ def main(
     dry_run: store_true = False,         # Say which cells are missing; run nothing
 ):
     "Run the cells that are missing"
-    if not data_dir and not dry_run:
-        raise SystemExit('moebert.py: give --data_dir, a folder with <task>/train.parquet and validation.parquet')
+    need_data('moebert', data_dir, dry_run)
     names = tasks.split(',')
     cells = {'tune': tuning_grid, 'grid': lambda: grid(names, range(seeds)),
              'ablate': lambda: ablation_grid(names, range(seeds))}[stage]()
-    if dry_run:
-        missing = missing_cells(cells, FOLDER)
-        print(f'{len(cells) - len(missing)} of {len(cells)} cells are done; missing:')
-        print(*(c.name for c in missing), sep='\n')
-        return
-    with tempfile.TemporaryDirectory() as tmp:
-        errors = run_cells(cells, partial(run, data_dir=data_dir, cache=cache_dir or tmp), FOLDER, shard, minutes, jobs)
-    for name, text in errors.items():
-        print(f'{name} failed:\n{text}')
-    raise SystemExit(1 if errors else 0)
+    run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
+               jobs=jobs)

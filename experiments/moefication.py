@@ -5,40 +5,41 @@
 
 A MiniLM is fine-tuned, ReLU-fied in the middle and fine-tuned on; that is the dense model. Its feed-forward layers are
 split into experts of which a fifth runs for each token: chosen by an oracle or by a router. Then what is left to train
-is trained for as many steps in every method: a LoRA expert, LoRA on the attentions, all weights; and, as baselines, the
-same on the dense model. The first command tries learning rates on a slice of the training rows, the second runs the
+is trained for as many steps in every method: a LoRA expert (by the labels, or with the dense model as its teacher),
+LoRA on the attentions, all weights; and, as baselines, the same on the dense model. Of larger sets, 9,000 training
+rows serve. The first command tries learning rates on a slice of the training rows, the second runs the
 grid. Each cell leaves a file in experiments/results/moefication; what is there is not run again.
 """
-import tempfile
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
 import torch
 from fastcore.script import call_parse, store_true
-from prune_lora import answers, choices, setting, slice_of
+from shared import answers, at_most, choices, kept, need_data, setting, slice_of, steps_of
 
 from tpa_nb.arch import Arch
+from tpa_nb.distill import distill
 from tpa_nb.lora import add_lora, merge_lora
 from tpa_nb.lora_expert import add_lora_expert, fold_lora_expert
 from tpa_nb.moe import moefy, moes, set_router
 from tpa_nb.profile import count_flops, count_params
 from tpa_nb.router import OracleRouter, activation_sparsity, fit_routers, relufy, set_dynamic_k
-from tpa_nb.runner import Cell, missing_cells, read_cells, run_cells
-from tpa_nb.save import load_model, save_model
+from tpa_nb.runner import Cell, best_setting, read_cells, run_script
 from tpa_nb.tasks import load_task
 from tpa_nb.train import finetune
 
 FOLDER = Path(__file__).parent / 'results' / 'moefication'
-EPOCHS = {'sst2': 1, 'mnli': 1, 'mrpc': 6, 'cola': 6, 'rte': 8}  # of the dense model, half of them with GELU
+EPOCHS = {'sst2': 2, 'mnli': 2, 'mrpc': 4, 'cola': 4, 'rte': 6}  # of the dense model, half of them with GELU
+ROWS = 9000            # training rows at most, of the larger sets, drawn at random; the same for all methods
 RECOVERY = 0.5         # steps of every recovery, as a share of the dense model's
 DENSE_LR = 1e-4
 EXPERTS, SHARE = 48, 0.2
 RATES = {'expert': (2e-3, 1e-3, 4e-3), 'attention': (1e-3, 5e-4, 2e-3), 'full': (5e-5, 2e-5, 1e-4)}
-TUNED = ('mrpc', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
+TUNED = ('sst2', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
 ROUTERS = {'paper': dict(contribution='activation', scale='batch'), 'mlp': {}}  # settings of `fit_routers`
-GRID = ('dense', 'mlp', 'mlp+expert', 'oracle-activation', 'oracle-distance', 'paper', 'paper+expert', 'mlp+full',
-        'dense+expert', 'dense+full', 'mlp+attention', 'dynamic', 'dynamic+expert')
+GRID = ('dense', 'mlp', 'mlp+expert', 'mlp+distilled', 'oracle-activation', 'oracle-distance', 'paper', 'paper+expert',
+        'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'dynamic', 'dynamic+expert')
 
 
 def tuning_grid():
@@ -56,30 +57,18 @@ def grid(tasks, seeds, methods=GRID, shares=(SHARE,), experts=(EXPERTS,)):
 @lru_cache
 def best_rate(way):
     "The learning rate with the best mean score on slices of the training rows"
-    done = {(c['task'], c['setting']): c['result'] for c in read_cells(FOLDER) if c['method'] == f'tune-{way}'}
-    mean = {}
-    for lr in RATES[way]:
-        found = [done.get((task, setting(lr=lr))) for task in TUNED]
-        if None in found:
-            raise ValueError(f"{way} at {lr:g} has not been tried on {', '.join(TUNED)}; run --stage tune first")
-        mean[lr] = sum(r[r['metric']] for r in found) / len(found)
-    return max(mean, key=mean.get)
-
-
-def kept(folder, make):
-    "The model that `make` makes, from a folder where it was made before"
-    if not (folder / 'tpa.json').exists():
-        save_model(make(), folder, overwrite=True)
-    return load_model(folder)
+    way = 'expert' if way == 'distilled' else way
+    tried = [setting(lr=lr) for lr in RATES[way]]
+    return choices(best_setting(read_cells(FOLDER), f'tune-{way}', tried, TUNED))['lr']
 
 
 def dense_model(task, seed, cache):
     "A ReLU-fied model tuned on the task; cells of one task and seed share it"
     def make():
         arch, epochs = Arch.from_pretrained('minilm', task, seed), EPOCHS[task.name.removesuffix('_partial')] / 2
-        finetune(arch, task, epochs, DENSE_LR, seed=seed)
+        finetune(arch, task, epochs, DENSE_LR, seed=seed, mixed_precision='bf16')
         relufy(arch, calibration(task, seed))
-        return finetune(arch, task, epochs, DENSE_LR, seed=seed + 1000)
+        return finetune(arch, task, epochs, DENSE_LR, seed=seed + 1000, mixed_precision='bf16')
     return kept(Path(cache) / f'dense-{task.name}-{seed}', make)
 
 
@@ -111,18 +100,22 @@ def model_of(way, task, seed, n_experts, k, cache):
     return arch
 
 
-def recover(arch, task, way, lr, seed):
-    "Train what `way` lets train, and fold it in"
+def recover(arch, task, way, lr, seed, cache):
+    "Train what `way` lets train, and fold it in; 'distilled' is a LoRA expert that learns from the dense model"
     epochs = RECOVERY * EPOCHS[task.name.removesuffix('_partial')]
-    if way == 'expert':
+    if way in ('expert', 'distilled'):
         add_lora_expert(arch, r=32, seed=seed)
     if way == 'attention':
         add_lora(arch, r=8, seed=seed)
     if way == 'full':
         arch.model.requires_grad_(True)
     trainable = sum(p.numel() for p in arch.model.parameters() if p.requires_grad)
-    finetune(arch, task, epochs, lr, seed=seed + 2000)
-    if way == 'expert':
+    settings = dict(lr=lr, seed=seed + 2000, mixed_precision='bf16')
+    if way == 'distilled':
+        distill(arch, dense_model(task, seed, cache), task, epochs, **settings)
+    else:
+        finetune(arch, task, epochs, **settings)
+    if way in ('expert', 'distilled'):
         fold_lora_expert(arch)
     if way == 'attention':
         merge_lora(arch)
@@ -132,26 +125,26 @@ def recover(arch, task, way, lr, seed):
 def run(cell, data_dir, cache):
     "Carry out one cell"
     torch.manual_seed(cell.seed)
-    task = load_task(cell.task, data_dir=data_dir, partial=True)
+    task = at_most(load_task(cell.task, data_dir=data_dir, partial=True), ROWS)
     tuning = cell.method.startswith('tune-')
     task, cache = slice_of(task) if tuning else task, Path(cache) / ('part' if tuning else 'whole')
-    asked = {'experts': EXPERTS, 'k': round(SHARE * EXPERTS), **choices(cell)}
+    asked = {'experts': EXPERTS, 'k': round(SHARE * EXPERTS), **choices(cell.setting)}
     way, _, more = ('mlp+' + cell.method.removeprefix('tune-') if tuning else cell.method).partition('+')
     arch = model_of(way, task, cell.seed, asked['experts'], asked['k'], cache)
-    trainable = recover(arch, task, more, asked.get('lr') or best_rate(more), cell.seed) if more else 0
+    trainable = recover(arch, task, more, asked.get('lr') or best_rate(more), cell.seed, cache) if more else 0
     zeros = activation_sparsity(arch, calibration(task, cell.seed), 4096) if cell.method == 'dense' else None
     fits = [h for h in arch.history if h['verb'] == 'fit_routers']
     return {**answers(arch, task), 'trainable': trainable, 'params': count_params(arch)['params'],
             'flops': count_flops(arch), 'zeros': zeros, 'router': fits[-1] if fits and way != 'dense' else None,
             'mean_k': [m.mean_k or m.k for m in moes(arch).values()],
-            'steps': sum(h.get('steps', 0) for h in arch.history), 'partial': task.partial,
+            'steps': steps_of(arch), 'partial': task.partial,
             'rows': {'train': len(task.train), 'validation': len(task.validation)}}
 
 
 @call_parse
 def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
-    tasks: str = 'sst2,mrpc,cola',       # Tasks, with commas
+    tasks: str = 'sst2,cola,mrpc',       # Tasks, with commas
     methods: str = ','.join(GRID),       # Methods, with commas
     shares: str = f'{SHARE}',            # Shares of the experts that run, with commas
     experts: str = f'{EXPERTS}',         # Numbers of experts, with commas
@@ -164,18 +157,9 @@ def main(
     dry_run: store_true = False,         # Say which cells are missing; run nothing
 ):
     "Run the cells that are missing"
-    if not data_dir and not dry_run:
-        raise SystemExit('moefication.py: give --data_dir, a folder with <task>/train.parquet and validation.parquet')
+    need_data('moefication', data_dir, dry_run)
     cells = tuning_grid() if stage == 'tune' else grid(
         tasks.split(','), range(seeds), methods.split(','), [float(s) for s in shares.split(',')],
         [int(e) for e in experts.split(',')])
-    if dry_run:
-        missing = missing_cells(cells, FOLDER)
-        print(f'{len(cells) - len(missing)} of {len(cells)} cells are done; missing:')
-        print(*(c.name for c in missing), sep='\n')
-        return
-    with tempfile.TemporaryDirectory() as tmp:
-        errors = run_cells(cells, partial(run, data_dir=data_dir, cache=cache_dir or tmp), FOLDER, shard, minutes, jobs)
-    for name, text in errors.items():
-        print(f'{name} failed:\n{text}')
-    raise SystemExit(1 if errors else 0)
+    run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
+               jobs=jobs)

@@ -13,7 +13,6 @@ and are noted with the result, 'warm-self' from the model as it was before pruni
 Each cell leaves a file in experiments/results/prune_lora; what is there is not run again. `--shard i/n` divides the
 cells between machines, `--minutes` fits them into the time there is. nbs/results/prune_lora.ipynb draws what exists.
 """
-import tempfile
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import product
@@ -21,18 +20,19 @@ from pathlib import Path
 
 import torch
 from fastcore.script import call_parse, store_true
+from shared import answers, choices, kept, need_data, setting, slice_of, steps_of
 
 from tpa_nb.arch import Arch
 from tpa_nb.distill import distill
 from tpa_nb.importance import head_derivatives, ranking_stability, score_heads
 from tpa_nb.lora import add_lora, merge_lora
+from tpa_nb.methods import Outcome
 from tpa_nb.profile import count_flops, count_params
 from tpa_nb.prune import prune_heads, select_heads
-from tpa_nb.recipe import Outcome, Recipe, recipe_methods
-from tpa_nb.runner import Cell, missing_cells, read_cells, run_cells
-from tpa_nb.save import load_model, save_model
+from tpa_nb.recipe import Recipe, recipe_methods
+from tpa_nb.runner import Cell, best_setting, read_cells, run_script
 from tpa_nb.tasks import load_task
-from tpa_nb.train import predict, warm_up
+from tpa_nb.train import warm_up
 
 FOLDER = Path(__file__).parent / 'results' / 'prune_lora'
 EPOCHS = {'rte': 6, 'mrpc': 5, 'cola': 5, 'wnli': 6, 'sst2': 1, 'mnli': 1}  # passes over the training rows, all methods
@@ -42,18 +42,6 @@ KEEP = (36, 24, 50)
 TEACHERS = {'warm-distill': 'lora', 'warm-self': 'self'}  # who teaches: a tuned LoRA model, the model before pruning
 WEIGHTS = (1, 5)  # weights of distillation that are tried
 WARM_UP = 0.5
-SLICE = 0.2  # share of the training rows that learning rates are chosen on
-
-
-def setting(**choices):
-    "'keep=36,r=8'"
-    return ','.join(f'{k}={v:.0e}' if isinstance(v, float) else f'{k}={v}' for k, v in choices.items())
-
-
-def choices(cell):
-    "The dict that `setting` wrote"
-    pairs = [part.split('=') for part in cell.setting.split(',') if part]
-    return {k: v if v.isalpha() else float(v) if 'e' in v else int(v) for k, v in pairs}
 
 
 def tuning_grid():
@@ -97,33 +85,20 @@ def grid(tasks, seeds, cold=True):
 @lru_cache
 def best_rate(method):
     "The learning rate with the best mean score on slices of the training rows"
-    done = {(c['task'], c['setting']): c['result'] for c in read_cells(FOLDER) if c['method'] == f'tune-{method}'}
-    mean = {}
-    for lr in RATES[f'tune-{method}']:
-        found = [done.get((task, setting(lr=lr))) for task in TUNED]
-        if None in found:
-            raise ValueError(f"{method} at {lr:g} has not been tried on {', '.join(TUNED)}; run --stage tune first")
-        mean[lr] = sum(r[r['metric']] for r in found) / len(found)
-    return max(mean, key=mean.get)
+    tried = [setting(lr=lr) for lr in RATES[f'tune-{method}']]
+    return choices(best_setting(read_cells(FOLDER), f'tune-{method}', tried, TUNED))['lr']
 
 
 @lru_cache
 def best_weight(teacher):
     "The weight of distillation with the best mean score on slices of the training rows"
-    done = {(c['task'], c['setting']): c['result'] for c in read_cells(FOLDER) if c['method'] == 'tune-distill'}
-    mean = {}
-    for weight in WEIGHTS:
-        found = [done.get((task, setting(keep=KEEP[0], teacher=teacher, weight=weight))) for task in TUNED]
-        if None in found:
-            raise ValueError(f"teacher {teacher} with weight {weight} has not been tried on {', '.join(TUNED)}; run "
-                             "--stage tune-distill first")
-        mean[weight] = sum(r[r['metric']] for r in found) / len(found)
-    return max(mean, key=mean.get)
+    tried = [setting(keep=KEEP[0], teacher=teacher, weight=weight) for weight in WEIGHTS]
+    return choices(best_setting(read_cells(FOLDER), 'tune-distill', tried, TUNED, 'tune-distill'))['weight']
 
 
 def recipe_of(cell):
     "What a cell asks for, as a `Recipe`"
-    way, asked = cell.method.removeprefix('tune-'), choices(cell)
+    way, asked = cell.method.removeprefix('tune-'), choices(cell.setting)
     lr = asked.get('lr')
     common = dict(epochs=EPOCHS[cell.task], seed=cell.seed, mixed_precision='bf16')
     if way == 'full':
@@ -141,24 +116,20 @@ def recipe_of(cell):
 
 def warmed(task, recipe, cache):
     "A model after the recipe's warm-up; cells of one task and seed share it"
-    key = f'{task.name}-{recipe.seed}-{recipe.lr:g}-{recipe.epochs:g}-{recipe.warm_up:g}-{recipe.r}'
-    folder = Path(cache) / key
-    if not (folder / 'tpa.json').exists():
+    def make():
         arch = Arch.from_pretrained('minilm', task, recipe.seed)
-        warm_up(arch, task, recipe.epochs * recipe.warm_up, recipe.r, recipe.lr, recipe.batch_size, recipe.seed,
-                recipe.train, mixed_precision=recipe.mixed_precision)
-        save_model(arch, folder, overwrite=True)
-    return load_model(folder)
+        return warm_up(arch, task, recipe.epochs * recipe.warm_up, recipe.r, recipe.lr, recipe.batch_size, recipe.seed,
+                       recipe.train, mixed_precision=recipe.mixed_precision)
+    key = f'{task.name}-{recipe.seed}-{recipe.lr:g}-{recipe.epochs:g}-{recipe.warm_up:g}-{recipe.r}'
+    return kept(Path(cache) / key, make)
 
 
 def taught(task, recipe, cache):
     "A LoRA model tuned on all steps; cells of one task and seed share it"
-    folder = Path(cache) / f'teacher-{task.name}-{recipe.seed}-{recipe.lr:g}-{recipe.epochs:g}-{recipe.r}'
-    if not (folder / 'tpa.json').exists():
+    def make():
         arch = Arch.from_pretrained('minilm', task, recipe.seed)
-        save_model(recipe_methods['lora'](arch, task, replace(recipe, method='lora'), False).arch, folder,
-                   overwrite=True)
-    return load_model(folder)
+        return recipe_methods['lora'](arch, task, replace(recipe, method='lora'), False).arch
+    return kept(Path(cache) / f'teacher-{task.name}-{recipe.seed}-{recipe.lr:g}-{recipe.epochs:g}-{recipe.r}', make)
 
 
 def prune_and_distill(arch, task, recipe, teacher, weight):
@@ -177,25 +148,11 @@ def prune_and_distill(arch, task, recipe, teacher, weight):
     return Outcome(merge_lora(arch), imp, ranking_stability(derivatives, recipe.normalize))
 
 
-def slice_of(task):
-    "The task with a slice of its training rows in place of the validation rows"
-    train, held = task.split(SLICE, seed=0)
-    return replace(task, train=train.rows, validation=held.rows)
-
-
-def answers(arch, task):
-    "Labels and answers of the validation rows, a digit each, and the scores"
-    logits = predict(arch, task)
-    labels = task.validation['label'][:]
-    return {'metric': task.main_metric, **task.compute_metrics((logits.numpy(), labels)), 'majority': task.majority,
-            'labels': ''.join(map(str, labels)), 'answers': ''.join(map(str, logits.argmax(-1).tolist()))}
-
-
 def run(cell, data_dir, cache):
     "Carry out one cell"
     torch.manual_seed(cell.seed)
     task = load_task(cell.task, data_dir=data_dir, partial=True)
-    recipe, asked = recipe_of(cell), choices(cell)
+    recipe, asked = recipe_of(cell), choices(cell.setting)
     part = cell.method == 'explore' or cell.method.startswith('tune')
     task, cache = slice_of(task) if part else task, Path(cache) / ('part' if part else 'whole')
     rest, teacher = recipe, TEACHERS.get(cell.method, asked.get('teacher'))
@@ -220,11 +177,6 @@ def run(cell, data_dir, cache):
             'partial': task.partial, 'loss': [row['loss'] for h in outcome.arch.history for row in h.get('log', [])]}
 
 
-def steps_of(arch):
-    "Steps that a model has been trained for"
-    return sum(h.get('steps', 0) for h in arch.history)
-
-
 @call_parse
 def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
@@ -238,19 +190,10 @@ def main(
     dry_run: store_true = False,         # Say which cells are missing; run nothing
 ):
     "Run the cells that are missing"
-    if not data_dir and not dry_run:
-        raise SystemExit('prune_lora.py: give --data_dir, a folder with <task>/train.parquet and validation.parquet')
+    need_data('prune_lora', data_dir, dry_run)
     names = tasks.split(',')
     cells = {'tune': tuning_grid, 'explore': lambda: exploring_grid(range(seeds)),
              'grid': lambda: grid(names, range(seeds)), 'tune-distill': distill_tuning_grid,
              'distill': lambda: distill_grid(names, range(seeds))}[stage]()
-    if dry_run:
-        missing = missing_cells(cells, FOLDER)
-        print(f'{len(cells) - len(missing)} of {len(cells)} cells are done; missing:')
-        print(*(c.name for c in missing), sep='\n')
-        return
-    with tempfile.TemporaryDirectory() as tmp:
-        errors = run_cells(cells, partial(run, data_dir=data_dir, cache=cache_dir or tmp), FOLDER, shard, minutes, jobs)
-    for name, text in errors.items():
-        print(f'{name} failed:\n{text}')
-    raise SystemExit(1 if errors else 0)
+    run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
+               jobs=jobs)

@@ -1,4 +1,50 @@
-"Options and the closing count of the test run"
+"Options, the scripts of experiments on a toy, and the closing count of the test run"
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def opened(folder, name, monkeypatch):
+    "The script `name` of `folder` as a module of its own; it imports from its folder, as when it is run"
+    with monkeypatch.context() as m:
+        m.syspath_prepend(str(ROOT / folder))
+        spec = importlib.util.spec_from_file_location(f'{folder}_{name}', ROOT / folder / f'{name}.py')
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    "A function that opens a benchmark by name"
+    return lambda name: opened('benchmarks', name, monkeypatch)
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    "A function that opens a script by name, with a tiny model, a toy task and `changes` in place of the real ones"
+    from tpa_nb.families import tiny_arch
+    from tpa_nb.tasks import toy_pairs
+
+    def changed(name, **changes):
+        module = opened('experiments', name, monkeypatch)
+        task = replace(toy_pairs(n_train=64, n_validation=24), name='mrpc').with_max_length(24)
+        tiny = SimpleNamespace(from_pretrained=lambda name, task, seed: tiny_arch('bert', seed=seed))
+        for attribute, value in {'load_task': lambda *args, **kwargs: task, 'Arch': tiny, **changes}.items():
+            monkeypatch.setattr(module, attribute, value)
+        return module
+    return changed
+
+
+@pytest.fixture
+def prune_lora(experiment):
+    "The grid of Prune-LoRA on a toy"
+    return experiment('prune_lora', best_rate=lambda method: 1e-3, EPOCHS={'mrpc': 4})
 
 
 def pytest_addoption(parser):

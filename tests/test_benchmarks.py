@@ -1,22 +1,20 @@
 "The benchmark of all families: it runs, and its arithmetic is right"
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
 from tpa_nb.arch import families
 
-spec = importlib.util.spec_from_file_location('families_benchmark', Path(__file__).parents[1] / 'benchmarks/families.py')
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+
+@pytest.fixture
+def bench(benchmark): return benchmark('families')
 
 
-def test_every_family_is_measured():
+def test_every_family_is_measured(bench):
     assert set(bench.BASE) == set(families)
 
 
-def test_runs_and_writes(tmp_path):
+def test_runs_and_writes(bench, tmp_path):
     out = tmp_path / 'families.json'
     bench.main(['--families', 'bert', 'llama', 't5', '--batch_sizes', '1', '2', '--seq_len', '16', '--repeats', '2',
                 '--warmup', '1', '--tiny', '--out', str(out)])
@@ -29,6 +27,6 @@ def test_runs_and_writes(tmp_path):
 
 @pytest.mark.parametrize('ratios, expected', [((0.9, 0.8, 0.7), 1), ((1.2, 0.9, 0.8), 4), ((1.1, 0.9, 1.0), None),
                                               ((0.9, 1.1, 0.8), 16)])
-def test_break_even(ratios, expected):
+def test_break_even(bench, ratios, expected):
     rows = [{'batch_size': b, 'ratio': r} for b, r in zip((1, 4, 16), ratios)]
     assert bench.break_even(rows) == expected

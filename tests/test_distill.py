@@ -3,7 +3,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_distributed import distance, part, read, run
-from test_experiments import script  # noqa: F401  a fixture
 from transformers import TrainerCallback
 
 from tpa_nb.distill import Distillation, distill
@@ -84,9 +83,9 @@ def test_early_stopping_watches_the_task_alone():
     assert max(row['loss'] for row in log if 'loss' in row) > 2, 'the logged loss holds all terms'
 
 
-def test_distilled_cells_get_the_same_steps_and_say_what_the_teacher_cost(script, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(script, 'best_weight', lambda teacher: 1)
-    found = {m: script.run(Cell('mrpc', m, 'keep=5'), data_dir='', cache=tmp_path)
+def test_distilled_cells_get_the_same_steps_and_say_what_the_teacher_cost(prune_lora, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune_lora, 'best_weight', lambda teacher: 1)
+    found = {m: prune_lora.run(Cell('mrpc', m, 'keep=5'), data_dir='', cache=tmp_path)
              for m in ('warm', 'warm-distill', 'warm-self')}
     assert {r['steps'] for r in found.values()} == {8}
     assert [r.get('teacher_steps') for r in found.values()] == [None, 8, 0]
@@ -95,29 +94,29 @@ def test_distilled_cells_get_the_same_steps_and_say_what_the_teacher_cost(script
     assert sorted(p.name.split('-')[0] for p in (tmp_path / 'whole').iterdir()) == ['mrpc', 'teacher']
 
 
-def test_a_weight_of_zero_is_the_plain_method(script, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(script, 'best_weight', lambda teacher: 1e-30)
-    plain = script.run(Cell('mrpc', 'warm', 'keep=5'), data_dir='', cache=tmp_path)
-    same = script.run(Cell('mrpc', 'warm-self', 'keep=5'), data_dir='', cache=tmp_path)
+def test_a_weight_of_zero_is_the_plain_method(prune_lora, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune_lora, 'best_weight', lambda teacher: 1e-30)
+    plain = prune_lora.run(Cell('mrpc', 'warm', 'keep=5'), data_dir='', cache=tmp_path)
+    same = prune_lora.run(Cell('mrpc', 'warm-self', 'keep=5'), data_dir='', cache=tmp_path)
     assert same['answers'] == plain['answers']
     assert same['loss'] == pytest.approx(plain['loss'], rel=1e-4)
 
 
-def test_weights_are_chosen_on_training_rows(script, tmp_path, monkeypatch):  # noqa: F811
-    tried = script.run(Cell('mrpc', 'tune-distill', 'keep=5,teacher=lora,weight=5'), data_dir='', cache=tmp_path)
+def test_weights_are_chosen_on_training_rows(prune_lora, tmp_path, monkeypatch):
+    tried = prune_lora.run(Cell('mrpc', 'tune-distill', 'keep=5,teacher=lora,weight=5'), data_dir='', cache=tmp_path)
     assert tried['rows']['train'] + tried['rows']['validation'] == 64
     assert (tried['teacher'], tried['weight']) == ('lora', 5)
     assert not (tmp_path / 'whole').exists()
     scores = {1: 0.6, 5: 0.7}
     cells = [{'task': c.task, 'method': c.method, 'setting': c.setting,
-              'result': {'metric': 'accuracy', 'accuracy': scores[script.choices(c)['weight']]}}
-             for c in script.distill_tuning_grid()]
-    monkeypatch.setattr(script, 'read_cells', lambda folder: cells)
-    assert script.best_weight('lora') == 5
-    monkeypatch.setattr(script, 'read_cells', lambda folder: cells[:-1])
-    script.best_weight.cache_clear()
+              'result': {'metric': 'accuracy', 'accuracy': scores[prune_lora.choices(c.setting)['weight']]}}
+             for c in prune_lora.distill_tuning_grid()]
+    monkeypatch.setattr(prune_lora, 'read_cells', lambda folder: cells)
+    assert prune_lora.best_weight('lora') == 5
+    monkeypatch.setattr(prune_lora, 'read_cells', lambda folder: cells[:-1])
+    prune_lora.best_weight.cache_clear()
     with pytest.raises(ValueError, match='run --stage tune-distill first'):
-        script.best_weight('self')
+        prune_lora.best_weight('self')
 
 
 def moefied(arch, task):

@@ -1,7 +1,6 @@
 "DSEE: nothing dense is kept, runs resume, several adapters, reduced precision, and what plain PEFT does with a folder"
 import copy
 import hashlib
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -315,17 +314,9 @@ def test_uneven_heads_and_gqa():
     logits(arch)
 
 
-@pytest.fixture(scope='module', params=['rpca', 'dsee'])
-def benchmark(request):
-    path = Path(__file__).parents[1] / f'benchmarks/{request.param}.py'
-    spec = importlib.util.spec_from_file_location(f'{request.param}_benchmark', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return request.param, module
-
-
-def test_benchmarks_run(benchmark, tmp_path):
-    name, module = benchmark
+@pytest.mark.parametrize('name', ['rpca', 'dsee'])
+def test_benchmarks_run(benchmark, name, tmp_path):
+    module = benchmark(name)
     small = {'rpca': ['--matrices', '2', '--size', '48', '--rank', '4', '--repeats', '1', '--no_minilm'],
              'dsee': ['--width', '64', '--layers', '1', '--batch_size', '2', '--seq_len', '8', '--repeats', '2', '--r', '4']}
     out = tmp_path / 'found.json'

@@ -1,5 +1,4 @@
 "The benchmark behind the page on efficiency: its quick mode writes everything that the page reads."
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,13 +8,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope='module')
-def efficiency():
-    "The script as a module"
-    spec = importlib.util.spec_from_file_location('efficiency', ROOT/'benchmarks'/'efficiency.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def efficiency(benchmark): return benchmark('efficiency')
 
 
 def test_quick_run_writes_what_the_page_reads(efficiency, tmp_path, capsys):

@@ -1,5 +1,4 @@
 "Mixtures of experts where a notebook is the wrong place: another process, folders that were tampered with"
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tpa_nb.budget import structure_importance
-from tpa_nb.experts import plans
+from tpa_nb.experts import _DEFAULTS, _ranked, plans
 from tpa_nb.families import tiny_arch, tiny_batch
 from tpa_nb.importance import head_importance, neuron_importance
 from tpa_nb.lora import add_lora
@@ -97,11 +96,8 @@ def test_threads_do_not_change_a_bit(threads):
         torch.set_num_threads(before)
 
 
-def test_the_benchmark_runs_and_writes(tmp_path):
-    path = Path(__file__).parents[1] / 'benchmarks/experts.py'
-    spec = importlib.util.spec_from_file_location('experts_benchmark', path)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+def test_the_benchmark_runs_and_writes(benchmark, tmp_path):
+    bench = benchmark('experts')
     bench.main(['--d_model', '32', '--d_ff', '64', '--experts', '8', '--tokens', '1', '5', '--repeats', '2', '--warmup',
                 '1', '--dtypes', 'float32', 'bfloat16', '--gated', '--split', '--out', str(tmp_path / 'out.json')])
     found = json.loads((tmp_path / 'out.json').read_text())
@@ -109,6 +105,16 @@ def test_the_benchmark_runs_and_writes(tmp_path):
     assert all(set(r['ratios']) >= {'masked', 'loop', 'grouped'} and r['k'] == 2 for r in found['rows'])
     assert all(max(r['errors'].values()) < (1e-5 if r['dtype'] == 'float32' else 0.02) for r in found['rows'])
     assert all(r['within'] < r['random'] for r in found['split'])
+
+
+def test_the_table_in_the_package_fits_what_was_measured():
+    path = Path(__file__).parents[1] / 'benchmarks/results/experts_cpu.json'
+    for row in json.loads(path.read_text())['rows']:
+        order = _ranked(_DEFAULTS, 'cpu', row['dtype'], row['tokens'], row['expert_size'], 0.2)
+        for absent in ((), ('compiled',)):
+            ratios = {name: r for name, r in row['ratios'].items() if name not in absent}
+            first = next(name for name in order if name in ratios)
+            assert ratios[first] <= 1.1 * min(ratios.values()), (row['tokens'], row['expert_size'], first)
 
 
 @pytest.mark.parametrize('verb', [neuron_importance, structure_importance, lambda arch, _: add_lora(arch, targets=('up',))])

@@ -25,7 +25,8 @@ from .router import *
 from .lora_expert import *
 from .distill import *
 from .moebert import *
-from .report import *
 from .recipe import *
+from .report import *
+from .methods import *
 from .compress import *
 from .runner import *

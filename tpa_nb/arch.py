@@ -331,6 +331,7 @@ class FFN:
     path: str         # Dotted name of its layer
     layer: int        # Index of its layer in its stack
     row: int          # Index in `Arch.ffns`
+    stack: int = 0    # Index of that stack: 1 for a decoder behind an encoder
     @property
     def name(self) -> str: return f'{self.path}.ffn'
     @property
@@ -488,7 +489,8 @@ def ffns(self: Arch) -> list[FFN]:
     base = self.base
     names = {n for n, _ in base.named_modules(remove_duplicate=False)}  # an activation may stand in two places
     found = enumerate(_layers(base, self.family))
-    return [FFN(base, _ffn_names(stack, path, names), path, i, row) for row, (stack, path, i) in found]
+    return [FFN(base, _ffn_names(stack, path, names), path, i, row, self.family.stacks.index(stack))
+            for row, (stack, path, i) in found]
 
 # %% ../nbs/00_arch.ipynb #2c4c2167
 @patch(as_prop=True)

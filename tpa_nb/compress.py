@@ -24,8 +24,9 @@ import tpa_nb
 from .arch import Arch
 from .importance import plot_importance
 from .lora import add_lora, merge_lora
+from .methods import UNTRAINED, _say, _wants_full_teacher, check_recipe
 from .profile import Profile, compare, profile_models, provenance
-from .recipe import UNTRAINED, Recipe, _say, check_recipe, recipe_methods
+from .recipe import Recipe, recipe_methods
 from .report import Section, definitions_html, figure_html, plot_curves, plot_structure, plot_tradeoff
 from .report import render_report, steps_html, table_html, write_report
 from .save import load_model, open_model, save_model
@@ -128,7 +129,7 @@ def _fresh(model, task, seed):
 
 def _with_teacher(model, task, recipe, work, progress):
     "`recipe` with the folder of its teacher, which is trained now unless it stands in the table"
-    if not recipe.distill_weight or recipe.teacher != 'full' or recipe.method == 'moebert':  # it teaches itself
+    if not _wants_full_teacher(recipe):
         return recipe
     full = replace(recipe, **RIVALS['full'][1])
     _train_all(model, task, {'the teacher': full}, work, progress)
@@ -367,6 +368,32 @@ class _Plan:
         return '\n'.join([*self.lines, f'about {minutes} min {seconds:02d} s on this machine; nothing was written'])
 
 # %% ../nbs/40_compress.ipynb #4b096700
+def _teachers(chosen):
+    "Recipes of the teachers that are trained beside what is `chosen`"
+    full = [replace(r, **RIVALS['full'][1]) for r in chosen.values() if _wants_full_teacher(r)]
+    return {'the teacher': r for r in full if r not in chosen.values()}
+
+def _plan(arch, task, chosen, per_step, output_dir):
+    "The plan, from the seconds of a step"
+    lines, total = [f'{arch!r}', f'{task!r}', ''], 0
+    for title, r in chosen.items():
+        steps = math.ceil(math.ceil(len(task.train) / r.batch_size) * r.epochs)
+        rows = len(task.validation) / 2
+        rows += min(r.calibration, len(task.train)) if r.method in ('prune', 'prune-lora') else 0
+        steps = 0 if r.method in UNTRAINED else steps
+        step = per_step['full' if r.method in ('full', 'moefy', 'moebert') else 'lora']
+        step *= 4 / 3 if r.distill_weight or r.method == 'moebert' else 1  # the teacher's forward pass
+        seconds = step * (steps + rows / r.batch_size)
+        lines.append(f'train {title}: {steps} steps, {seconds:.0f} s' if steps else f'{title}: {seconds:.0f} s')
+        total += seconds
+    n = len(chosen) - ('the teacher' in chosen)
+    measure = 13 * n * per_step['lora'] / 2
+    lines.append(f'measure {n} models in turns: {measure:.0f} s')
+    if output_dir:
+        lines.append(f"write model, figures, report.html and results.json to {str(output_dir)!r}")
+    return _Plan(tuple(lines), total + measure)
+
+# %% ../nbs/40_compress.ipynb #2e0fdaf4
 def plan_compress(
     model: str | Path | Arch = 'minilm',    # As in `compress`
     task: str | Task = 'toy_pairs',         # As in `compress`
@@ -384,21 +411,4 @@ def plan_compress(
     rows = task.calibration(min(recipe.batch_size, len(task.train)), recipe.seed)
     batch = next(rows.batches(arch.tokenizer, recipe.batch_size, arch.device))
     per_step = {'full': _step_seconds(arch, batch), 'lora': _step_seconds(add_lora(arch.clone(), r=recipe.r), batch)}
-    return _plan(arch, task, chosen, per_step, output_dir)
-
-def _plan(arch, task, chosen, per_step, output_dir):
-    "The plan, from the seconds of a step"
-    lines, total = [f'{arch!r}', f'{task!r}', ''], 0
-    for title, r in chosen.items():
-        steps = math.ceil(math.ceil(len(task.train) / r.batch_size) * r.epochs)
-        rows = len(task.validation) / 2
-        rows += min(r.calibration, len(task.train)) if r.method in ('prune', 'prune-lora') else 0
-        steps = 0 if r.method in UNTRAINED else steps
-        seconds = per_step.get(r.method, per_step['lora']) * (steps + rows / r.batch_size)
-        lines.append(f'train {title}: {steps} steps, {seconds:.0f} s' if steps else f'{title}: {seconds:.0f} s')
-        total += seconds
-    measure = 13 * len(chosen) * per_step['lora'] / 2
-    lines.append(f'measure {len(chosen)} models in turns: {measure:.0f} s')
-    if output_dir:
-        lines.append(f"write model, figures, report.html and results.json to {str(output_dir)!r}")
-    return _Plan(tuple(lines), total + measure)
+    return _plan(arch, task, {**_teachers(chosen), **chosen}, per_step, output_dir)

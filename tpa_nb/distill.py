@@ -14,6 +14,7 @@ import json
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,7 @@ def symmetric_kl(
 # %% ../nbs/30_distill.ipynb #18121d79
 def _depths(arch):
     "Layers of each stack, the encoder's first"
-    paths = [f.path.rpartition('.')[0] for f in arch.ffns]
-    return tuple(paths.count(p) for p in dict.fromkeys(paths))
+    return tuple(Counter(f.stack for f in arch.ffns).values())
 
 def _hidden(outputs):
     "All hidden states of a model's outputs"

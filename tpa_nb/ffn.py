@@ -6,16 +6,19 @@
 __all__ = []
 
 # %% ../nbs/19_ffn.ipynb #8f281629
+import copy
 import inspect
 
 import torch
+import transformers
 from fastcore.basics import patch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 # %% ../nbs/19_ffn.ipynb #8d4a8ff6
-from .arch import FFN
+from .arch import Arch, FFN
+from .save import StructureStep, register_step
 
 # %% ../nbs/19_ffn.ipynb #1b7d21f3
 class _Tap(nn.Module):
@@ -55,10 +58,13 @@ def _source_of(ffn: FFN) -> nn.Module:
             return module
     raise ValueError(f"no module above {ffn.name} takes `input_ids`")
 
+def _given_ids(module, args, kwargs):
+    "The tokens in a call of `module`; None if it has none"
+    return inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get('input_ids')
+
 def _keep_ids(module, args, kwargs):
     "Before `module` runs: remember the tokens that it was given"
-    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    module._tpa_ids = given.get('input_ids')
+    module._tpa_ids = _given_ids(module, args, kwargs)
 
 def _ids_for(x, source):
     "Token ids that belong to the rows of `x`, (..., D)"
@@ -129,6 +135,35 @@ def set_act(
         raise ValueError(f"{self.name} is replaced by {type(self.replaced).__name__}: exchange the activation before")
     self.act  # a record without its name is an error of its own
     self.root.set_submodule(f'{self.path}.{self.names.act}', ACT2FN[name])
+
+# %% ../nbs/19_ffn.ipynb #e7b6b2f5
+def _act_name(act: nn.Module) -> str:
+    "What `transformers` calls the activation `act`"
+    for name, made in dict.items(ACT2FN):  # classes, of which only the right one is called
+        cls = made[0] if isinstance(made, tuple) else made
+        if cls is type(act) and repr(ACT2FN[name]) == repr(act):
+            return name
+    raise ValueError(f"the activation {type(act).__name__} is not one of transformers', so it cannot be saved by name")
+
+def _other_acts(arch):
+    "Name of the activation of every feed-forward layer where it is not the one that the config asks for"
+    if getattr(transformers, type(arch.base).__name__, None) is not type(arch.base):
+        return None  # such a model cannot be saved, which `save_model` says itself
+    with torch.device('meta'):
+        fresh = Arch(type(arch.base)(copy.deepcopy(arch.base.config)), family=arch.family)
+    pairs = [(f, f.act, g.act) for f, g in zip(arch.ffns, fresh.ffns) if f.names.act]
+    return {f.name: _act_name(a) for f, a, b in pairs if type(a) is not type(b) or repr(a) != repr(b)} or None
+
+def _rebuild_acts(arch, description):
+    "Put the activations `description` in place"
+    wrong = [n for n in description if n not in {f.name for f in arch.ffns}]
+    if wrong or any(name not in ACT2FN for name in description.values()):
+        raise ValueError(f"tpa.json names activations {description} that transformers or the model lacks")
+    for ffn in arch.ffns:
+        if ffn.name in description:
+            ffn.set_act(description[ffn.name])
+
+_ACTS = register_step(StructureStep('activations', _other_acts, _rebuild_acts))
 
 # %% ../nbs/19_ffn.ipynb #416eec18
 def _check_parts(ffn, parts, n):

@@ -7,6 +7,7 @@ __all__ = ['Bleu', 'Nist', 'Ter', 'Meteor', 'TextScores', 'linearize', 'DataToTe
            'toy_records', 'generate_texts', 'score_texts']
 
 # %% ../nbs/17_generation.ipynb #4b027daf
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogi
 
 # %% ../nbs/17_generation.ipynb #77a9c333
 from .arch import Arch
-from .profile import _evaluating
+from .profile import _check_count, _evaluating
 from .tasks import Examples, _LocalMetric
 from .text import Perplexity, TextTask, _with_ends
 
@@ -254,16 +255,17 @@ def _from_hub(repo, config, split, n):
 # %% ../nbs/17_generation.ipynb #9a8bd723
 def load_data_to_text(
     name: str,                           # 'e2e', 'webnlg' or 'dart'
-    data_dir: str | Path | None = None,  # Folder with `e2e_nlg`, `webnlg_2017`, `dart`; else the hub
+    data_dir: str | Path | None = None,  # Folder with `e2e_nlg`, `webnlg_2017`, `dart`; else $TPA_DATA; else the hub
     split: str = 'validation',           # What is scored, 'validation' or 'test'
     task_type: str = 'causal_lm',        # 'causal_lm' or 'seq_2_seq_lm'
     max_length: int = 256,               # Tokens at which record and text are cut
     n_train: int | None = None,          # Only so many rows of the training file
 ) -> DataToText:
-    "Load a data-to-text set"
+    "Load a data-to-text set from `data_dir`, the folder in TPA_DATA, or the hub"
     if name not in _DATA: raise ValueError(f"`name` must be one of {sorted(_DATA)}, got {name!r}")
     if split not in ('validation', 'test'): raise ValueError(f"`split` must be 'validation' or 'test', got {split!r}")
     folder, repo, config, penalty = _DATA[name]
+    data_dir = data_dir or os.environ.get('TPA_DATA')
     read = lambda part, n: _from_folder(data_dir, folder, part, n) if data_dir else _from_hub(repo, config, part, n)
     pairs = [[_pair(row) for row in read(part, n)] for part, n in (('train', n_train), (split, None))]
     source = f'files {folder}/train.parquet and {folder}/{split}.parquet' if data_dir else f'hub {repo}'
@@ -341,12 +343,6 @@ def _write(arch, task, ids, ngram, **kwargs):
     return [t.strip() for t in arch.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)]
 
 # %% ../nbs/17_generation.ipynb #8400c660
-def _check_numbers(ngram, **counts):
-    "Raise unless `ngram` is 0 or more and `counts` are 1 or more"
-    for name, value, low in (('no_repeat_ngram_size', ngram, 0), *((k, v, 1) for k, v in counts.items())):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"`{name}` must be a whole number from {low} up, got {value!r}")
-
 def generate_texts(
     arch: Arch,                           # The model; it is left as it was
     task: DataToText,                     # Records, and how they become prompts
@@ -359,7 +355,9 @@ def generate_texts(
     progress: bool = True,                # Show how far it is
 ) -> list[str]:                           # A text for every record of `task.grouped(examples)`, in its order
     "Put records in words by beam search"
-    _check_numbers(no_repeat_ngram_size, num_beams=num_beams, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    _check_count('no_repeat_ngram_size', no_repeat_ngram_size, least=0)
+    for name, value in dict(num_beams=num_beams, max_new_tokens=max_new_tokens, batch_size=batch_size).items():
+        _check_count(name, value)
     ids = _prompts(arch, task, list(task.grouped(examples)))
     _check_writer(arch, task, ids, max_new_tokens)
     kwargs = dict(num_beams=num_beams, max_new_tokens=max_new_tokens)

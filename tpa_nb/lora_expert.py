@@ -16,15 +16,16 @@ from transformers.activations import ACT2FN
 # %% ../nbs/23_lora_expert.ipynb #d0959d01
 from .arch import Arch
 from .experts import Experts
+from .ffn import _act_name
 from .lora import _modules_to_save, _whole, n_trainable
-from .moe import MoE, _act_name, moes, register_shared, shared_kinds
+from .moe import MoE, moes, register_shared, shared_kinds
 from .profile import _module_flops, register_flops
 
 # %% ../nbs/23_lora_expert.ipynb #736aff8c
-def _neurons(x, up, gate, down, act):
-    "Sum of neurons: (N, D) to (N, D), weights (n, D)"
-    h = F.linear(x, up)
-    h = act(h) if gate is None else act(F.linear(x, gate)) * h  # (N, n)
+def _neurons(x, up, gate, down, act, up_bias=None, gate_bias=None):
+    "Sum of neurons: (N, D) to (N, D), weights (n, D), biases (n,)"
+    h = F.linear(x, up, up_bias)
+    h = act(h) if gate is None else act(F.linear(x, gate, gate_bias)) * h  # (N, n)
     return h @ down
 
 @register_shared
@@ -37,21 +38,37 @@ class SharedNeurons(nn.Module):
         n_neurons: int,       # How many
         gated: bool = False,  # Has each a gate?
         act: str = 'relu',    # Name of the activation in transformers
+        up_bias: bool = False,    # Has each a bias?
+        gate_bias: bool = False,  # Has each gate one?
     ):
         super().__init__()
         _whole('d_model', d_model, 1)
         _whole('n_neurons', n_neurons, 1)
-        new = lambda: nn.Parameter(torch.zeros(n_neurons, d_model))
-        self.up, self.gate, self.down, self.act = new(), new() if gated else None, new(), ACT2FN[act]
+        new = lambda there, *width: nn.Parameter(torch.zeros(n_neurons, *width)) if there else None
+        self.up, self.gate, self.down = new(True, d_model), new(gated, d_model), new(True, d_model)
+        self.up_bias, self.gate_bias, self.act = new(up_bias), new(gate_bias), ACT2FN[act]
 
     @property
     def config(self) -> dict:
         n, d_model = self.up.shape
-        return {'d_model': d_model, 'n_neurons': n, 'gated': self.gate is not None, 'act': _act_name(self.act)}
+        return {'d_model': d_model, 'n_neurons': n, 'gated': self.gate is not None, 'act': _act_name(self.act),
+                'up_bias': self.up_bias is not None, 'gate_bias': self.gate_bias is not None}
 
-    def forward(self, x): return _neurons(x, self.up, self.gate, self.down, self.act)  # (N, D) to (N, D)
+    def forward(self, x):
+        return _neurons(x, self.up, self.gate, self.down, self.act, self.up_bias, self.gate_bias)  # (N, D)
 
-register_flops(SharedNeurons, lambda m, rows: 2 * rows * sum(p.numel() for p in m.parameters()), replace=True)
+register_flops(SharedNeurons, lambda m, rows: 2 * rows * sum(p.numel() for p in m.parameters() if p.dim() == 2),
+               replace=True)
+
+# %% ../nbs/23_lora_expert.ipynb #b38528e7
+def _shared_neurons(act, up, down, **more):
+    "`SharedNeurons` with copies of `up` and `down` (n, D), and of the `gate` and the biases there may be"
+    parts = {name: t for name, t in dict(up=up, down=down, **more).items() if t is not None}
+    made = SharedNeurons(up.shape[1], len(up), 'gate' in parts, act, 'up_bias' in parts, 'gate_bias' in parts)
+    for name, value in parts.items():
+        value = value.detach().clone(memory_format=torch.contiguous_format)
+        setattr(made, name, nn.Parameter(value, requires_grad=parts[name].requires_grad))
+    return made
 
 # %% ../nbs/23_lora_expert.ipynb #bea5d6e5
 _INITS = {'uniform': lambda r, d: (2 * torch.rand(r, d) - 1) / d ** 0.5, 'normal': torch.randn}
@@ -170,31 +187,26 @@ def add_lora_expert(
     return arch
 
 # %% ../nbs/23_lora_expert.ipynb #a2c8839a
-def _folded(expert):
-    "Up, gate and down (r, D) of the neurons that `expert` is"
-    gate = None if expert.lora_gate is None else expert.lora_gate.detach()
-    return expert.lora_up.detach(), gate, expert.scaling * expert.lora_down.detach()
+def _folded(expert, old):
+    "The neurons that `expert` is behind the `old` ones, by name; theirs have no bias"
+    own = {'up': expert.lora_up, 'gate': expert.lora_gate, 'down': expert.scaling * expert.lora_down}
+    if not old:
+        return {name: value for name, value in own.items() if value is not None}
+    none = own['up'].new_zeros(len(own['up']))
+    return {name: torch.cat([value, own.get(name, none)]).detach() for name, value in old.items()}
 
 def _fold_shared(moe):
     "Neurons in the place of the LoRA expert, together with those beside it"
-    parts, beside = [_folded(moe.shared)], moe.shared.beside
-    if beside is not None:
-        parts.insert(0, (beside.up, beside.gate, beside.down))
-    up, gate, down = (None if ts[0] is None else torch.cat(ts).detach() for ts in zip(*parts))
-    new = SharedNeurons(up.shape[1], len(up), gate is not None, _act_name(moe.shared.act)).to(up.device, up.dtype)
-    for name, value in dict(up=up, gate=gate, down=down).items():
-        if value is not None:
-            getattr(new, name).data = value
-    moe.shared = new.train(moe.training)
+    beside = moe.shared.beside
+    parts = _folded(moe.shared, dict(beside.named_parameters()) if beside is not None else {})
+    moe.shared = _shared_neurons(_act_name(moe.shared.act), **parts).train(moe.training)
 
 def _fold_dense(ffn):
     "The dense layer again, with the neurons of the LoRA expert appended"
-    experts, (up, gate, down) = ffn.replaced.experts, _folded(ffn.replaced.shared)
-    grown = lambda old, new: None if old is None else torch.cat([old[0].detach(), new])
-    biases = {n: grown(getattr(experts, n), up.new_zeros(len(up))) for n in ('up_bias', 'gate_bias')}
-    ids, of = ffn.neurons, ffn.d_ff_orig
-    ffn.restore(grown(experts.up, up), grown(experts.down, down).T, grown(experts.gate, gate), **biases,
-                bias=experts.bias, neurons=(*ids, *range(of, of + len(up))))
+    experts, ids, of = ffn.replaced.experts, ffn.neurons, ffn.d_ff_orig
+    parts = _folded(ffn.replaced.shared, {n: p[0] for n, p in experts.named_parameters(recurse=False) if n != 'bias'})
+    ids = (*ids, *range(of, of + len(parts['up']) - len(ids)))
+    ffn.restore(**{**parts, 'down': parts['down'].T}, bias=experts.bias, neurons=ids)
 
 # %% ../nbs/23_lora_expert.ipynb #2683385e
 def fold_lora_expert(

@@ -14,6 +14,7 @@ from numbers import Real
 
 import matplotlib.pyplot as plt
 import torch
+from fastcore.basics import patch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
@@ -21,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 # %% ../nbs/21_moe.ipynb #b146d9bc
 from .arch import Arch, FFN
 from .experts import Experts
+from .ffn import _act_name
 from .importance import _as_batches, model_inputs, neuron_importance
 from .profile import _module_flops, register_flops
-from .save import StructureStep, register_step
+from .save import StructureStep, _is_known, register_step
 from .split import _n_experts, _real_tokens, coactivation, split_neurons
 from .tasks import Examples
 
@@ -108,15 +110,18 @@ def _choose(moe, x, ids=None):
     "Experts of each of the tokens `x` (N, D), (N, E) bool; None for all"
     return None if moe.is_dense else choose_experts(_scores(moe.router, moe.experts, x, ids), moe.k, moe.threshold)
 
-def _forward(self, x, ids=None):
-    "Run the mixture on `x`, (..., D), whose tokens have the `ids` (...)"
+@patch
+def forward(
+    self: MoE,
+    x: torch.Tensor,                  # (..., D)
+    ids: torch.Tensor | None = None,  # (...) ids of the tokens, for a router that wants them
+) -> torch.Tensor:                    # (..., D)
+    "Run the mixture"
     rows = x.reshape(-1, x.shape[-1])
     y = self.experts(rows, _choose(self, rows, None if ids is None else ids.reshape(-1)))
     if self.shared is not None:
         y = y + self.shared(rows)
     return y.view(*x.shape[:-1], -1)
-
-MoE.forward = _forward
 
 # %% ../nbs/21_moe.ipynb #85123aaf
 def moes(
@@ -175,14 +180,6 @@ def register_shared(
     return cls
 
 # %% ../nbs/21_moe.ipynb #54a8911d
-def _act_name(act: nn.Module) -> str:
-    "What `transformers` calls the activation `act`"
-    known = getattr(act, '_tpa_act', None)
-    for name in [known] if known else ACT2FN:
-        if type(ACT2FN[name]) is type(act) and repr(ACT2FN[name]) == repr(act):
-            return name
-    raise ValueError(f"the activation {type(act).__name__} is not one of transformers', so it cannot be saved by name")
-
 def _entry(module, known, what):
     "A router or shared expert for JSON"
     if module is None:
@@ -208,9 +205,8 @@ def _made(entry, known):
     "The router or shared expert of `entry`, its weights still without meaning"
     if entry is None:
         return None
-    if entry['kind'] not in known:
-        raise ValueError(f"kind {entry['kind']!r} of router or shared expert is not known; known: "
-                         f"{', '.join(known)}. `import tpa_nb.all` makes every kind known")
+    if not _is_known(entry['kind'], known):
+        raise ValueError(f"kind {entry['kind']!r} of router or shared expert is not known; known: {', '.join(known)}")
     return known[entry['kind']](**entry['config'])
 
 def _blank(ffn, d):
@@ -383,8 +379,8 @@ def _flatten(ffn, moe):
     parts = {n: t.flatten(0, 1)[order] for n, t in moe.experts.named_parameters(recurse=False) if n != 'bias'}
     ffn.restore(**{**parts, 'down': parts['down'].T}, bias=moe.experts.bias)
     if moe.shared is not None:
-        gate = getattr(moe.shared, 'gate', None)
-        ffn.add_neurons(moe.shared.up.detach(), moe.shared.down.detach().T, None if gate is None else gate.detach())
+        own = {name: p.detach() for name, p in moe.shared.named_parameters()}
+        ffn.add_neurons(**{**own, 'down': own['down'].T})
 
 # %% ../nbs/21_moe.ipynb #ca918b34
 def unmoefy(

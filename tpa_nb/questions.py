@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 # %% ../nbs/13_questions.ipynb #85a0ff50
-from .tasks import Examples, Task, _LocalMetric
+from .tasks import Task, _LocalMetric
 
 # %% ../nbs/13_questions.ipynb #6c8c863e
 def answer_scores(
@@ -65,6 +65,8 @@ class SquadScores(_LocalMetric):
 # %% ../nbs/13_questions.ipynb #30b95564
 class _Question(Task):
     "What the Trainer asks of a question task"
+    stratified = False
+
     def answers(self, tokenizer):
         "A function (logits of starts and ends, labels) to both as one tensor, (B, 2, T)"
         return lambda outputs, labels: torch.stack([outputs[0], outputs[1]], 1)
@@ -83,15 +85,6 @@ class _Question(Task):
             right = list(map(_by_number(self), found))
             return self.metric.compute(predictions=list(found.values()), references=[r['answers'] for r in right])
         return score
-
-    def split(self, holdout=0.1, seed=0):
-        "Cut the training rows in two: rows to train on, rows held out"
-        n = len(self.train)
-        if not 0 < holdout < 1 or n < 2:
-            raise ValueError(f"`holdout` must be a share between 0 and 1 of two rows or more, got {holdout!r} of {n}")
-        order = np.random.default_rng(seed).permutation(n)
-        held = order[:min(max(1, round(holdout * n)), n - 1)]
-        return tuple(Examples(self, self.train.select(np.sort(i))) for i in (np.setdiff1d(order, held), held))
 
     def collator(self, tokenizer):
         "A function that pads windows to a batch"
@@ -131,10 +124,7 @@ class QuestionTask(_Question):
     @property
     def provenance(self) -> dict:
         "What a report says about the data"
-        rows = {split: len(getattr(self, split)) for split in ('train', 'validation')}
-        return {'task': self.name, 'source': self.source, 'partial': self.partial, 'rows': rows,
-                'main_metric': self.main_metric, 'majority': self.majority, 'max_length': self.max_length,
-                'stride': self.stride, 'unanswerable': self.unanswerable}
+        return {**super().provenance, 'stride': self.stride, 'unanswerable': self.unanswerable}
 
 # %% ../nbs/13_questions.ipynb #bb7a9052
 def _check_row(where, row, unanswerable):

@@ -7,7 +7,6 @@ __all__ = ['expert_contributions', 'OracleRouter', 'CentroidRouter', 'HashRouter
            'fit_routers', 'plot_routers', 'set_dynamic_k', 'relufy', 'activation_sparsity']
 
 # %% ../nbs/22_router.ipynb #fe2df993
-import copy
 import heapq
 import inspect
 import sys
@@ -18,20 +17,17 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import torch.nn.functional as F
-import transformers
 from fastcore.basics import patch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.activations import ACT2FN
 
 # %% ../nbs/22_router.ipynb #4e12509c
 from .arch import Arch
 from .experts import Experts
-from .ffn import _source_of
+from .ffn import _given_ids, _source_of
 from .importance import _frozen, model_inputs
-from .moe import _act_name, choose_experts, moes, register_router, set_router
-from .profile import register_flops
-from .save import StructureStep, register_step
+from .moe import choose_experts, moes, register_router, set_router
+from .profile import _check_count, register_flops
 from .split import _real_tokens
 from .tasks import Examples
 
@@ -80,11 +76,6 @@ def expert_contributions(
     return torch.cat([_contribution(experts, part, kind) for part in x.split(rows)])
 
 # %% ../nbs/22_router.ipynb #0a6fb386
-def _check_size(name, value):
-    "Raise unless `value` is a whole number of at least 1"
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
-
 @register_router
 class OracleRouter(nn.Module):
     "Scores experts by what they really contribute: a bound, not a saving"
@@ -95,7 +86,7 @@ class OracleRouter(nn.Module):
         contribution: str = 'output',  # 'activation' (the papers' ground truth), 'output' or 'distance'
     ):
         super().__init__()
-        _check_size('n_experts', n_experts)
+        _check_count('n_experts', n_experts)
         if contribution not in _KINDS:
             raise ValueError(f"`contribution` must be one of {', '.join(map(repr, _KINDS))}, got {contribution!r}")
         self.n_experts, self.contribution = n_experts, contribution
@@ -124,8 +115,8 @@ class CentroidRouter(nn.Module):
         n_experts: int,  # E
     ):
         super().__init__()
-        _check_size('d_model', d_model)
-        _check_size('n_experts', n_experts)
+        _check_count('d_model', d_model)
+        _check_count('n_experts', n_experts)
         self.n_experts = n_experts
         self.register_buffer('centroids', torch.zeros(n_experts, d_model))
 
@@ -167,8 +158,8 @@ class HashRouter(nn.Module):
         seed: int = 0,                        # Seed of a random table
     ):
         super().__init__()
-        _check_size('n_experts', n_experts)
-        _check_size('vocab_size', vocab_size)
+        _check_count('n_experts', n_experts)
+        _check_count('vocab_size', vocab_size)
         if counts is not None and tuple(counts.shape) != (vocab_size,):
             raise ValueError(f"`counts` must have the shape ({vocab_size},), got {tuple(counts.shape)}")
         self.n_experts = n_experts
@@ -199,7 +190,7 @@ class MLPRouter(nn.Module):
         super().__init__()
         width = n_experts if width is None else width
         for name, value in dict(d_model=d_model, n_experts=n_experts, width=width).items():
-            _check_size(name, value)
+            _check_count(name, value)
         self.n_experts = n_experts
         self.first = nn.Linear(d_model, width, bias=False)
         self.second = nn.Linear(width, n_experts, bias=False)
@@ -313,7 +304,7 @@ class _Seen(Exception):
 
 def _draw_batches(arch, data, max_tokens, batch_size, seed):
     "Batches of randomly drawn rows that hold `max_tokens` tokens or a few more"
-    _check_size('max_tokens', max_tokens)
+    _check_count('max_tokens', max_tokens)
     if not isinstance(data, Examples):
         return _first_batches(data, max_tokens, arch.device)
     if arch.tokenizer is None:
@@ -350,8 +341,7 @@ def _look(arch, ffn, batch):
         seen['x'] = args[0].detach().flatten(0, -2)
         raise _Seen
     def note(module, args, kwargs):
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        seen['ids'] = given.get('input_ids')
+        seen['ids'] = _given_ids(module, args, kwargs)
     hooks = [(ffn.replaced or ffn.up.site).register_forward_pre_hook(keep),
              _source_of(ffn).register_forward_pre_hook(note, with_kwargs=True)]
     try:
@@ -617,31 +607,6 @@ def set_dynamic_k(
 def _mean_k(shares, threshold):
     "Experts per token at this threshold"
     return (shares >= threshold).sum(1).float().mean().item()
-
-# %% ../nbs/22_router.ipynb #21f56237
-def _other_acts(arch):
-    "Name of the activation of every feed-forward layer where it is not the one that the config asks for"
-    if getattr(transformers, type(arch.base).__name__, None) is not type(arch.base):
-        return None  # such a model cannot be saved, which `save_model` says itself
-    with torch.device('meta'):
-        fresh = Arch(type(arch.base)(copy.deepcopy(arch.base.config)), family=arch.family)
-    pairs = [(f, f.act, g.act) for f, g in zip(arch.ffns, fresh.ffns) if f.names.act]
-    return {f.name: _act_name(a) for f, a, b in pairs if type(a) is not type(b) or repr(a) != repr(b)} or None
-
-def _put_act(ffn, name):
-    "Exchange the activation of `ffn`, also where a module stands in its place"
-    ffn.root.set_submodule(f'{ffn.path}.{ffn.names.act}', ACT2FN[name])
-
-def _rebuild_acts(arch, description):
-    "Put the activations `description` in place"
-    wrong = [n for n in description if n not in {f.name for f in arch.ffns}]
-    if wrong or any(name not in ACT2FN for name in description.values()):
-        raise ValueError(f"tpa.json names activations {description} that transformers or the model lacks")
-    for ffn in arch.ffns:
-        if ffn.name in description:
-            _put_act(ffn, description[ffn.name])
-
-_ACTS = register_step(StructureStep('activations', _other_acts, _rebuild_acts))
 
 # %% ../nbs/22_router.ipynb #d820ee79
 @torch.no_grad()

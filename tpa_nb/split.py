@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/18_split.ipynb #e76e777e
-from .arch import Arch, FFN, _prefix
+from .arch import Arch, FFN
 from .importance import _as_batches, model_inputs
 from .tasks import Examples
 
@@ -122,9 +122,7 @@ def _kmeans(x, n, seed=0, rounds=16):
 # %% ../nbs/18_split.ipynb #9a457322
 def _real_tokens(arch: Arch, ffn: FFN, batch: dict, n: int) -> torch.Tensor:
     "Which of the `n` tokens that `ffn` saw are not padding, (n,)"
-    stacks = arch.family.stacks
-    decodes = len(stacks) > 1 and ffn.path.startswith(_prefix(arch.base, arch.family) + stacks[1].layers)
-    if decodes and arch.task_type == 'seq_2_seq_lm':
+    if ffn.stack and arch.task_type == 'seq_2_seq_lm':
         mask = batch['labels'] != -100 if 'labels' in batch else None
     else:
         mask = batch.get('attention_mask')
@@ -156,7 +154,7 @@ def coactivation(
     if not set(rows) <= set(range(len(arch.ffns))):
         raise ValueError(f"`rows` must be numbers from 0 to {len(arch.ffns) - 1}, got {rows}")
     for ffn in (arch.ffns[row] for row in rows):
-        if getattr(ffn.down.linear, 'weight', None) is None:
+        if not ffn.is_plain:
             raise ValueError(f"{ffn.name} is a {type(ffn.down.linear).__name__}: only plain layers can be measured")
     found = {row: torch.zeros(arch.ffns[row].d_ff, arch.ffns[row].d_ff) for row in rows}
     training = arch.model.training

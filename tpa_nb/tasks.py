@@ -166,6 +166,7 @@ class Task:
     max_length: int = 128                # Tokens at which texts are cut
     task_type = 'seq_cls'                # What has to stand on the backbone, in PEFT's words
     greater_is_better = True             # Does a higher main score mean a better model?
+    stratified = True                    # Has each part of a `split` the same share of every label?
 
     def __post_init__(self):
         _check_names(self)
@@ -241,7 +242,9 @@ def provenance(self: Task) -> dict:
     splits = {split: getattr(self, split) for split in ('train', 'validation')}
     texts = {split: list(zip(*(rows[name][:] for name in self.text_columns))) for split, rows in splits.items()}
     overlap = len(set(map(str, texts['train'])) & set(map(str, texts['validation'])))
-    labels = {split: rows['label'][:] if 'label' in rows.column_names else [] for split, rows in splits.items()}
+    labels = {split: rows['label'][:] if 'label' in rows.column_names else
+              [rows[name][:] for name in rows.column_names if name not in self.text_columns]
+              for split, rows in splits.items()}
     lines = {split: json.dumps([texts[split], labels[split]]) for split in splits}
     return {'task': self.name, 'source': self.source, 'partial': self.partial,
             'rows': {split: len(rows) for split, rows in splits.items()}, 'overlap': overlap,
@@ -331,6 +334,9 @@ def _holdout(labels, share, seed, stratified):
     "Indices of rows to keep and of `share` to hold out, each label by itself if `stratified`"
     if not isinstance(share, (int, float)) or not 0 < share < 1:
         raise ValueError(f"`holdout` must be a share between 0 and 1, got {share!r}")
+    if not stratified and len(labels) < 2:
+        raise ValueError("`holdout` must be a share between 0 and 1 of two rows or more, "
+                         f"got {share!r} of {len(labels)}")
     labels = np.asarray(labels)
     groups = [np.flatnonzero(labels == v) for v in np.unique(labels)] if stratified else [np.arange(len(labels))]
     fewest = min(map(len, groups))
@@ -347,8 +353,9 @@ def split(
     holdout: float = 0.1,        # Share of the training rows to hold out
     seed: int = 0,               # Seed of the draw
 ) -> tuple[Examples, Examples]:  # Rows to train on, rows held out for early stopping
-    "Cut the training rows in two with the same label balance"
-    kept, held = _holdout(self.train['label'], holdout, seed, not self.is_regression)
+    "Cut the training rows in two, with the same label balance where rows are classified"
+    by_label = self.stratified and not self.is_regression
+    kept, held = _holdout(self.train['label'] if by_label else range(len(self.train)), holdout, seed, by_label)
     return Examples(self, self.train.select(kept)), Examples(self, self.train.select(held))
 
 # %% ../nbs/02_tasks.ipynb #f27ee604

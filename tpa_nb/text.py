@@ -22,7 +22,7 @@ from sklearn.metrics import f1_score
 from transformers import DataCollatorForSeq2Seq, DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
 # %% ../nbs/15_text.ipynb #b4250737
-from .tasks import Accuracy, Examples, Task, _LocalMetric
+from .tasks import Accuracy, Task, _LocalMetric
 
 # %% ../nbs/15_text.ipynb #cbde2ef1
 def label_tokens(
@@ -178,7 +178,7 @@ class TextTask(Task):
     "Text to model, or to write given a source; made by `text_task`"
     task_type: str = 'causal_lm'                                   # 'causal_lm' or 'seq_2_seq_lm'
     num_labels, model_kwargs, majority = None, {}, None    # no classes, and no constant answer
-    greater_is_better = False
+    greater_is_better, stratified = False, False
 
     def __post_init__(self):
         if self.task_type not in ('seq_2_seq_lm', 'causal_lm'):
@@ -260,17 +260,6 @@ def answers(self: TextTask, tokenizer: PreTrainedTokenizerBase) -> Callable:
         return torch.stack([losses.sum(1), labels.ne(-100).sum(1).float()], 1)
     return reduce
 
-# %% ../nbs/15_text.ipynb #f2ffe3a3
-@patch
-def split(self: TextTask, holdout: float = 0.1, seed: int = 0) -> tuple[Examples, Examples]:
-    "Cut the training rows in two: rows to train on, rows held out"
-    n = len(self.train)
-    if not 0 < holdout < 1 or n < 2:
-        raise ValueError(f"`holdout` must be a share between 0 and 1 of two rows or more, got {holdout!r} of {n}")
-    order = np.random.default_rng(seed).permutation(n)
-    held = order[:min(max(1, round(holdout * n)), n - 1)]
-    return tuple(Examples(self, self.train.select(np.sort(i))) for i in (np.setdiff1d(order, held), held))
-
 # %% ../nbs/15_text.ipynb #f6aa74d9
 class TokenScores(_LocalMetric):
     "Share of words whose label is right, and the mean F1 of the labels"
@@ -285,7 +274,7 @@ class TokenScores(_LocalMetric):
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenTask(Task):
     "Words with a label each; made by `token_task`"
-    task_type = 'token_cls'
+    task_type, stratified = 'token_cls', False
 
     def __post_init__(self):
         for split in ('train', 'validation'):
@@ -313,10 +302,6 @@ class TokenTask(Task):
         "Score logits (N, T, labels) where labels (N, T) are not -100"
         logits, refs = np.asarray(eval_pred[0]), np.asarray(eval_pred[1])
         return self.metric.compute(predictions=logits.argmax(-1)[refs != -100], references=refs[refs != -100])
-
-    def split(self, holdout: float = 0.1, seed: int = 0) -> tuple[Examples, Examples]:
-        "Cut the training rows in two: rows to train on, rows held out"
-        return TextTask.split(self, holdout, seed)
 
 # %% ../nbs/15_text.ipynb #ba6f5a7e
 @patch

@@ -1,0 +1,63 @@
+"What the experiments share: settings in words, a slice to tune on, models that cells share, answers"
+from dataclasses import replace
+
+from tpa_nb.save import load_model, save_model
+from tpa_nb.train import predict
+
+SLICE = 0.2  # share of the training rows that learning rates are chosen on
+
+
+def setting(**choices):
+    "'keep=36,r=8'"
+    return ','.join(f'{k}={v:.0e}' if isinstance(v, float) else f'{k}={v}' for k, v in choices.items())
+
+
+def choices(text):
+    "The dict that `setting` wrote"
+    pairs = [part.split('=') for part in text.split(',') if part]
+    return {k: v if v.isalpha() else float(v) if 'e' in v else int(v) for k, v in pairs}
+
+
+def need(script, option, value, what, dry_run):
+    "Leave unless `value` was given, which a dry run does without"
+    if not value and not dry_run:
+        raise SystemExit(f'{script}.py: give --{option}, {what}')
+
+
+def need_data(script, data_dir, dry_run):
+    "Leave unless there is a folder with data"
+    need(script, 'data_dir', data_dir, 'a folder with <task>/train.parquet and validation.parquet', dry_run)
+
+
+def at_most(task, rows, seed=0):
+    "The task with `rows` of its training rows, which makes it a partial one"
+    if len(task.train) <= rows:
+        return task
+    name = task.name.removesuffix('_partial') + '_partial'
+    return replace(task, name=name, train=task.calibration(rows, seed).rows, partial=True)
+
+
+def slice_of(task):
+    "The task with a slice of its training rows in place of the validation rows"
+    train, held = task.split(SLICE, seed=0)
+    return replace(task, train=train.rows, validation=held.rows)
+
+
+def kept(folder, make):
+    "The model that `make` makes, from a folder where it was made before"
+    if not (folder / 'tpa.json').exists():
+        save_model(make(), folder, overwrite=True)
+    return load_model(folder)
+
+
+def answers(arch, task):
+    "Labels and answers of the validation rows, a digit each, and the scores"
+    logits = predict(arch, task)
+    labels = task.validation['label'][:]
+    return {'metric': task.main_metric, **task.compute_metrics((logits.numpy(), labels)), 'majority': task.majority,
+            'labels': ''.join(map(str, labels)), 'answers': ''.join(map(str, logits.argmax(-1).tolist()))}
+
+
+def steps_of(arch):
+    "Steps that a model has been trained for"
+    return sum(h.get('steps', 0) for h in arch.history)
