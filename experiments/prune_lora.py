@@ -41,6 +41,7 @@ TUNED = ('mrpc', 'cola')  # the tasks that rates are chosen on; the best on thei
 KEEP = (36, 24, 50)
 TEACHERS = {'warm-distill': 'lora', 'warm-self': 'self'}  # who teaches: a tuned LoRA model, the model before pruning
 WEIGHTS = (1, 5)  # weights of distillation that are tried
+TAUGHT = ('cola',)  # the tasks that these are chosen on, the cheapest one: a teacher has to be trained for each
 WARM_UP = 0.5
 
 
@@ -60,7 +61,7 @@ def exploring_grid(seeds):
 def distill_tuning_grid():
     "Cells that try weights of distillation, on slices of the training rows; no teacher is wanted twice at a time"
     return [Cell(task, 'tune-distill', setting(keep=KEEP[0], teacher=teacher, weight=weight))
-            for weight, teacher, task in product(WEIGHTS, TEACHERS.values(), TUNED)]
+            for weight, teacher, task in product(WEIGHTS, TEACHERS.values(), TAUGHT)]
 
 
 def distill_grid(tasks, seeds):
@@ -93,7 +94,7 @@ def best_rate(method):
 def best_weight(teacher):
     "The weight of distillation with the best mean score on slices of the training rows"
     tried = [setting(keep=KEEP[0], teacher=teacher, weight=weight) for weight in WEIGHTS]
-    return choices(best_setting(read_cells(FOLDER), 'tune-distill', tried, TUNED, 'tune-distill'))['weight']
+    return choices(best_setting(read_cells(FOLDER), 'tune-distill', tried, TAUGHT, 'tune-distill'))['weight']
 
 
 def recipe_of(cell):

@@ -51,11 +51,13 @@ def kept(folder, make):
 
 
 def answers(arch, task):
-    "Labels and answers of the validation rows, a digit each, and the scores"
+    "Labels and answers of the validation rows, a digit each, and the scores; of a regression, lists of numbers"
     logits = predict(arch, task)
     labels = task.validation['label'][:]
-    return {'metric': task.main_metric, **task.compute_metrics((logits.numpy(), labels)), 'majority': task.majority,
-            'labels': ''.join(map(str, labels)), 'answers': ''.join(map(str, logits.argmax(-1).tolist()))}
+    found = {'metric': task.main_metric, **task.compute_metrics((logits.numpy(), labels)), 'majority': task.majority}
+    if task.is_regression:
+        return {**found, 'labels': list(labels), 'answers': [round(x, 4) for x in logits.flatten().tolist()]}
+    return {**found, 'labels': ''.join(map(str, labels)), 'answers': ''.join(map(str, logits.argmax(-1).tolist()))}
 
 
 def steps_of(arch):

@@ -225,7 +225,13 @@ def _matthews(labels, answers):
     below = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     return (tp * tn - fp * fn) / np.where(below > 0, below, 1)
 
-_SCORES = {'accuracy': _accuracy, 'matthews_correlation': _matthews}
+def _pearson(labels, answers):
+    "Pearson's correlation of real-valued answers; the last axis holds the rows"
+    a, b = (x - x.mean(-1, keepdims=True) for x in (labels, answers))
+    size = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return (a * b).sum(-1) / np.where(size > 0, size, 1)
+
+_SCORES = {'accuracy': _accuracy, 'matthews_correlation': _matthews, 'pearson': _pearson}
 
 # %% ../nbs/42_runner.ipynb #3e8264a2
 @dataclass(frozen=True)
@@ -248,7 +254,7 @@ def _paired(ours, theirs):
     for c in ours:
         if (c['task'], c['seed']) in found:
             pairs.setdefault(c['task'], []).append((c['result'], found[c['task'], c['seed']]))
-    digits = lambda text: np.array([int(x) for x in text])
+    digits = lambda found: np.array([int(x) for x in found] if isinstance(found, str) else found)
     return {task: (digits(rows[0][0]['labels']), np.stack([digits(a['answers']) for a, _ in rows]),
                    np.stack([digits(b['answers']) for _, b in rows]), _SCORES[rows[0][0]['metric']])
             for task, rows in pairs.items()}
