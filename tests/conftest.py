@@ -1,5 +1,6 @@
 "Options, the scripts of experiments on a toy, and the closing count of the test run"
 import importlib.util
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,14 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CORES = os.cpu_count() or 1
+THREADS = max(1, CORES // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))
+os.environ.setdefault('OMP_NUM_THREADS', str(min(THREADS, 4)))  # before torch is imported: a worker's share of the cores
+
+
+def pytest_xdist_auto_num_workers(config):
+    "A test process for each core, four at most: each of them imports torch"
+    return min(CORES, 4)
 
 
 def opened(folder, name, monkeypatch):

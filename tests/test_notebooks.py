@@ -19,7 +19,7 @@ SECONDS = 900
 
 def environment(flags: list[str]) -> dict[str, str]:
     "Offline unless online cells were asked for, on few threads, without a display"
-    threads = str(min(os.cpu_count() or 1, 4))
+    threads = os.environ.get('OMP_NUM_THREADS', '1')  # conftest's
     quiet = {'TOKENIZERS_PARALLELISM': 'false', 'OMP_NUM_THREADS': threads, 'MPLBACKEND': 'agg', 'TQDM_DISABLE': '1',
              'OMP_WAIT_POLICY': 'passive'}  # threads that wait for a busy core do not burn another one
     return {**os.environ, **quiet} | ({} if 'online' in flags else {'HF_HUB_OFFLINE': '1'})
