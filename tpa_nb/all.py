@@ -20,6 +20,7 @@ from .generation import *
 from .split import *
 from .ffn import *
 from .experts import *
+from .gpu_experts import *
 from .moe import *
 from .router import *
 from .lora_expert import *

@@ -35,7 +35,8 @@ from torch.autograd.function import once_differentiable
 # %% ../nbs/20_experts.ipynb #74bd017d
 import tpa_nb.ffn  # `FFN.act`
 from .arch import FFN
-from .profile import provenance
+from .profile import _wait_for, provenance
+from .save import _is_known
 
 # %% ../nbs/20_experts.ipynb #ecffde20
 def _own(tensor: torch.Tensor | None) -> nn.Parameter | None:
@@ -586,6 +587,8 @@ def _read_table() -> list[dict]:
 @lru_cache(maxsize=1024)
 def _order(device, dtype, tokens, size, share):
     "Names of plans, fastest first"
+    if device != 'cpu':
+        _is_known('triton', plans)  # the module that brings it is imported at the latest now
     return tuple(_ranked(_read_table(), device, dtype, tokens, size, share))
 
 def choose_plan(
@@ -624,7 +627,7 @@ def forward(
         return self.dense(x)
     _check_call(self, x, chosen)
     name = choose_plan(self, x, chosen) if self.plan == 'auto' else self.plan
-    if name not in plans:
+    if not _is_known(name, plans):
         raise ValueError(f"`plan` must be 'auto' or one of {', '.join(plans)}, got {name!r}")
     reason = plans[name].why_not(self, x)
     if reason:
@@ -632,15 +635,17 @@ def forward(
     return plans[name].run(self, x, chosen)
 
 # %% ../nbs/20_experts.ipynb #41906abb
-def _interleaved(calls, repeats):
-    "Median seconds of each of `calls`, run in turns after one warm-up"
+def _interleaved(calls, repeats, sync):
+    "Median seconds of each of `calls`, run in turns after one warm-up; `sync` waits for the device"
     for call in calls.values():
         call()
     times = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            sync()
             start = time.perf_counter()
             call()
+            sync()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(found) for name, found in times.items()}
 
@@ -656,7 +661,7 @@ def _time_plans(experts, tokens, share, repeats):
     for name, plan in plans.items():
         if not plan.why_not(experts, x) and (name != 'token' or tokens == 1):
             calls[name] = lambda plan=plan: plan.run(experts, x, chosen)
-    found = _interleaved(calls, repeats)
+    found = _interleaved(calls, repeats, _wait_for(x.device))
     return {name: round(t / found['dense'], 3) for name, t in found.items() if name != 'dense'}
 
 # %% ../nbs/20_experts.ipynb #be76a608
@@ -669,18 +674,21 @@ def calibrate_plans(
     share: float = 0.2,                                    # Share of the experts that runs
     repeats: int = 5,                                      # Timed runs of each plan
     path: str | Path | None = None,                        # Where to write; the cache folder if not given
+    device: str = 'cpu',                                   # What to measure; rows of other devices stay
 ) -> list[dict]:                                           # One row for each combination
-    "Measure which plan is fastest on this machine's CPU, and remember it"
+    "Measure which plan is fastest on this machine, and remember it"
     wrong = [s for s in expert_sizes if s < 1 or d_ff % s]
     if wrong or not 0 < share <= 1 or min(tokens, default=0) < 1:
         raise ValueError(f"`expert_sizes` must divide `d_ff` {d_ff}, `share` be in (0, 1] and `tokens` at least 1; "
                          f"got {tuple(expert_sizes)}, {share!r}, {tuple(tokens)}")
-    rows = []
+    kind = torch.device(device).type
+    rows = [row for row in _read_table() if row['device'] != kind]
+    _is_known('triton', plans)  # at the latest now
     for dtype, size in ((t, s) for t in dtypes for s in expert_sizes):
-        E, like = d_ff // size, dict(dtype=getattr(torch, dtype))
+        E, like = d_ff // size, dict(dtype=getattr(torch, dtype), device=device)
         up, down = (torch.randn(E, size, d_model, **like) / d_model ** 0.5 for _ in range(2))
         ex = Experts(up, down, nn.ReLU(), up_bias=up[..., 0], bias=down[0, 0])
-        rows += [dict(device='cpu', dtype=dtype, tokens=n, expert_size=size, share=share,
+        rows += [dict(device=kind, dtype=dtype, tokens=n, expert_size=size, share=share,
                       plans=_time_plans(ex, n, share, repeats)) for n in tokens]
     path = Path(path) if path else _cache() / 'plans.json'
     path.parent.mkdir(parents=True, exist_ok=True)
