@@ -9,6 +9,7 @@ model is faster.
     python benchmarks/families.py --out benchmarks/results/families.json
 """
 import statistics
+from functools import partial
 
 import torch
 from common import CLOCKS, command_line, command_of, set_threads, timing_options, write
@@ -27,12 +28,15 @@ BASE = {'bert': _ENCODER, 'roberta': _ENCODER, 'electra': dict(**_ENCODER, embed
         't5': dict(d_model=768, num_layers=2, num_heads=12, d_kv=64, d_ff=3072, pad_token_id=0, eos_token_id=1,
                    decoder_start_token_id=0),  # two layers of each stack
         'llama': _LLAMA, 'mistral': _LLAMA, 'qwen2': _LLAMA, 'qwen3': dict(**_LLAMA, head_dim=64)}
+DEPTHS = ('num_hidden_layers', 'n_layers', 'n_layer', 'num_layers')  # what the families call their number of layers
 
 
-def base_size(family, seed=0):
+def base_size(family, seed=0, layers=None):
     "A model of `family` in base size, with random weights"
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **BASE[family])
+    sizes = BASE[family]
+    depth = {name: layers for name in DEPTHS if layers and name in sizes}
+    config = AutoConfig.for_model(family, **{**sizes, **depth})
     return Arch(AutoModelForSequenceClassification.from_config(config).eval())
 
 
@@ -77,6 +81,7 @@ def parse(argv=None):
     p.add_argument('--families', nargs='+', default=sorted(BASE), choices=sorted(BASE))
     p.add_argument('--batch_sizes', nargs='+', type=int, default=[1, 4, 16])
     p.add_argument('--seq_len', type=int, default=128)
+    p.add_argument('--layers', type=int, default=None, help='layers of each stack (default: 4 in all)')
     p.add_argument('--tiny', action='store_true', help='the tiny models of the tests: tries the script out')
     timing_options(p, repeats=7, warmup=2)
     return p.parse_args(argv)
@@ -92,7 +97,7 @@ def main(argv=None):
     rows = found['rows']
     for family in args.families:
         rows += measure(family, args.batch_sizes, args.seq_len, args.repeats, args.warmup, args.clock,
-                        tiny_arch if args.tiny else base_size)
+                        tiny_arch if args.tiny else partial(base_size, layers=args.layers))
         for row in rows[-3 * len(args.batch_sizes):]:
             print('{family:>10} {removed:>8} {batch_size:>3} x {seq_len}: {ms:8.1f} ms, {ratio:.3f} of dense, '
                   'floor {floor:.3f}'.format(**row), flush=True)

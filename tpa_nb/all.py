@@ -24,6 +24,8 @@ from .gpu_experts import *
 from .moe import *
 from .router import *
 from .lora_expert import *
+from .fused import *
+from .bench import *
 from .distill import *
 from .moebert import *
 from .recipe import *

@@ -40,6 +40,13 @@ class AttnNames:
     sizes: tuple[tuple[str, str], ...] = ()    # (attribute, 'n_heads', 'n_kv_heads', 'width' or 'group_size')
     label: str = ''                            # What the attention is called; by default the first part of `module`
     pruned: type | None = field(default=None, compare=False)  # Class of `module` once heads go, if sizes are not enough
+    def __post_init__(self):
+        known = ('n_heads', 'n_kv_heads', 'width', 'group_size')
+        wrong = next((pair for pair in self.sizes if len(pair) != 2 or pair[1] not in known), None)
+        if wrong is not None:
+            raise ValueError(f"`sizes` must be pairs of an attribute and one of {', '.join(known)}, got {wrong!r}")
+        if self.kind not in ('self', 'cross'):
+            raise ValueError(f"`kind` must be 'self' or 'cross', got {self.kind!r}")
 
 # %% ../nbs/00_arch.ipynb #4ddfcdaf
 @dataclass(frozen=True)
@@ -109,6 +116,8 @@ def _unwrap(module: nn.Module) -> nn.Module:
     return module
 
 # %% ../nbs/00_arch.ipynb #4cf54fe4
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 @dataclass(frozen=True)
 class Projection:
     "A linear map of the model, by name, with its weight seen as `(out, in)`"
@@ -128,9 +137,19 @@ class Projection:
     def bias(self) -> torch.Tensor | None:  # (out,)
         return None if self.linear.bias is None else self._own(self.linear.bias)
     @property
-    def out_features(self) -> int: return self.weight.shape[0]
+    def out_features(self) -> int: return self._size('nf' if self.is_transposed else 'out_features', 0)
     @property
-    def in_features(self) -> int: return self.weight.shape[1]
+    def in_features(self) -> int: return self._size('nx' if self.is_transposed else 'in_features', 1)
+    @property
+    def is_packed(self) -> bool:  # quantised: the weight is not a matrix of floating point numbers
+        weight = getattr(self.linear, 'weight', None)
+        return weight is not None and not (isinstance(weight, torch.Tensor) and weight.dtype in _PLAIN
+                                           and weight.dim() == 2)
+    def _size(self, attribute, dim):
+        if not self.is_packed:
+            return self.weight.shape[dim]
+        whole = getattr(self.linear, attribute)
+        return whole // self.part[1] if self.part and not dim else whole
     def __call__(self, x: torch.Tensor) -> torch.Tensor: return self._own(self.site(x), -1)  # (..., in) to (..., out)
     def _own(self, tensor, dim=0): return tensor if self.part is None else tensor.chunk(self.part[1], dim)[self.part[0]]
 
@@ -261,10 +280,15 @@ def _headless(cls, o):
             states, layer = given['hidden_states'], self.get_submodule(o) if o else None
             cache = next((value for value in given.values() if isinstance(value, Cache)), None)
             source = given.get('key_value_states')
-            _advance_cache(self, states if source is None else source, cache, source is not None)
+            n_keys = _advance_cache(self, states if source is None else source, cache, source is not None)
             out = states.new_zeros(*states.shape[:-1], max(layer.weight.shape) if o else 0)
-            return out if layer is None or layer.bias is None else out + layer.bias, None
+            out = out if layer is None or layer.bias is None else out + layer.bias
+            return out, _no_weights(states, n_keys)
     return Headless
+
+def _no_weights(states, n_keys):
+    "Attention weights of no heads, (B, 0, T, keys), so that a list of all layers' weights has an entry for this one"
+    return states.new_zeros(len(states), 0, states.shape[1], n_keys if isinstance(n_keys, int) else states.shape[1])
 
 def _advance_cache(
     module: nn.Module,     # An attention without heads
@@ -596,31 +620,68 @@ def _cut_sites(arch):
     projections += [p for f in arch.ffns for p in (f.up, f.gate, f.down) if p]
     return {p.name: p for p in projections}
 
+def _check_arch(arch, name='arch'):
+    "Raise unless `arch` is an `Arch`"
+    if not isinstance(arch, Arch):
+        raise TypeError(f"`{name}` must be an Arch, got {type(arch).__name__}; wrap the model: Arch(model)")
+
+@patch
+def check_plain(
+    self: Arch,
+    packed: bool = False,  # Will quantised weights do?
+) -> None:
+    "Raise where an adapter sits where this package does not see it, or weights are quantised"
+    own = () if self.is_adapted else self.base.named_modules()
+    hidden = next((name for name, m in own if hasattr(m, 'get_base_layer')), None)
+    if hidden is not None:
+        raise ValueError(f"`arch` has an adapter at {hidden!r} that `model.add_adapter` put there and that would be "
+                         "lost; load the adapter by PEFT (`PeftModel.from_pretrained`), or call `model.delete_adapter`")
+    found = () if packed else (p for p in _cut_sites(self).values() if p.is_packed)
+    first = next(iter(found), None)
+    if first is not None:
+        raise ValueError(f"`arch` has {type(first.linear).__name__} as {first.name}, whose weights are quantised: "
+                         "load the model without quantisation")
+
+# %% ../nbs/00_arch.ipynb #76bb63c8
 @patch
 def check_surgery(self: Arch) -> None:
     "Raise unless heads and neurons of the model can be removed"
     if self.is_adapted:
         raise ValueError("`arch` carries a PEFT adapter whose sizes fit the model as it is; call `merge_lora` first, "
                          "or prune before `add_lora`")
+    self.check_plain()
     sites, owners = _cut_sites(self), {}
     for name, p in self.base.named_parameters(remove_duplicate=False):
         owners.setdefault(id(p), []).append(name)
     for name, proj in sites.items():
-        layer, weight = proj.linear, getattr(proj.linear, 'weight', None)
-        if not isinstance(layer, (nn.Linear, Conv1D)) or weight is None or not weight.is_floating_point():
-            raise ValueError(f"`arch` has {type(layer).__name__} as {name}: a quantised or replaced layer cannot be "
-                             "cut; prune the plain model first")
-        if len(owners.get(id(weight), ())) > 1:
-            raise ValueError(f"`arch` ties the weights {owners[id(weight)]}; cutting one would leave the other whole")
+        _check_layer(name, proj.linear)
+        if len(tied := owners.get(id(proj.linear.weight), ())) > 1:
+            raise ValueError(f"`arch` ties the weights {tied}; cutting one would leave the other whole")
 
-# %% ../nbs/00_arch.ipynb #7964d84a
+def _check_layer(name, layer):
+    "Raise unless a cut of weight and bias is all that `layer` needs"
+    if not isinstance(layer, (nn.Linear, Conv1D)) or getattr(layer, 'weight', None) is None:
+        raise ValueError(f"`arch` has {type(layer).__name__} as {name}: a quantised or replaced layer cannot be "
+                         "cut; prune the plain model first")
+    kept = [n for n, _ in (*layer.named_parameters(), *layer.named_buffers()) if n not in ('weight', 'bias')]
+    if kept:
+        raise ValueError(f"`arch` keeps {kept[0]!r} beside the weight of {name}, which a cut would leave whole; "
+                         "make it a plain layer first (`torch.nn.utils.prune.remove`, `remove_parametrizations`)")
+    if getattr(getattr(layer, '_hf_hook', None), 'offload', False):
+        raise ValueError(f"`arch` has offloaded {name}; load the model onto one device to cut it")
+
+# %% ../nbs/00_arch.ipynb #90e1481b
 @patch
 def check_weights(self: Arch) -> None:
-    "Raise unless every weight is in memory"
+    "Raise unless every weight is in memory, on one device where there is no hook that moves the data along"
     empty = next((n for n, p in self.model.named_parameters() if p.is_meta), None)
     if empty is not None:
         raise ValueError(f"`arch` holds no weights for {empty!r}: on the meta device there are shapes only, which can "
                          "be cut and counted, not run")
+    devices = {str(p.device) for p in self.model.parameters()}
+    if len(devices) > 1 and not any(hasattr(m, '_hf_hook') for m in self.model.modules()):
+        raise ValueError(f"`arch` is spread over {', '.join(sorted(devices))} without hooks that move the data along; "
+                         "call `arch.model.to(device)`")
 
 # %% ../nbs/00_arch.ipynb #83f2e250
 _MINILM_SHA256 = '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'

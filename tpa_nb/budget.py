@@ -21,11 +21,11 @@ from torch import nn
 from transformers import Cache
 
 # %% ../nbs/16_budget.ipynb #c171064f
-from .arch import FFN, Arch, Attention
+from .arch import FFN, Arch, Attention, _check_arch
 from .hardware import _in_turns
 from .importance import _check_plain, _in_place, _mean_absolute, _record_hook, _record_product, model_inputs
 from .importance import n_columns
-from .profile import _check_arch, _check_count, _check_together, _cpu_name, _evaluating, _random_batch, _wait_for
+from .profile import _check_count, _check_together, _cpu_name, _evaluating, _random_batch, _wait_for
 from .profile import count_flops
 from .prune import _check_neurons, _check_selection, _head_units, _in_order, _units, prune_heads, prune_neurons
 from .tasks import Examples
@@ -50,10 +50,14 @@ def _gate_derivatives(arch, batch, loss_fn):
         for hook in hooks:
             hook.remove()
     parts = [(a, heads) for a in attns] + [(f, neurons) for f in ffns]
+    if not heads and not neurons:
+        raise ValueError("the loss gives no derivative in any layer; check loss, weights and data")
     for part, store in parts:
-        if part.row not in store or not store[part.row].isfinite().all():
-            what = 'derivatives that are not finite' if part.row in store else 'no derivative'
-            raise ValueError(f"the loss gives {what} in {part.name}; check loss, weights and data")
+        size = part.n_heads if store is heads else part.d_ff
+        store.setdefault(part.row, torch.zeros(n, size, device=arch.device))  # the loss does not depend on it
+        if not store[part.row].isfinite().all():
+            raise ValueError(f"the loss gives derivatives in {part.name} that are not finite; "
+                             "check loss, weights and data")
     return [store[part.row] for part, store in parts]
 
 # %% ../nbs/16_budget.ipynb #77fd02ab

@@ -125,6 +125,7 @@ def _fingerprint(model, task, recipe):
 def _fresh(model, task, seed):
     "A model of its own to work on; adapters that it came with are merged"
     arch = model.clone() if isinstance(model, Arch) else open_model(model, task, seed)
+    arch.check_plain()
     return merge_lora(arch) if arch.is_adapted else arch
 
 def _with_teacher(model, task, recipe, work, progress):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.t5.modeling_t5 import T5Attention
 
 # %% ../nbs/01_families.ipynb #ff02d3fd
-from .arch import _AUTO_MODELS, Arch, AttnNames, Family, FFNNames, Stack, _advance_cache, find_family
+from .arch import _AUTO_MODELS, Arch, AttnNames, Family, FFNNames, Stack, _advance_cache, _no_weights, find_family
 from .arch import families, register_family
 
 # %% ../nbs/01_families.ipynb #b035abe1
@@ -108,7 +108,8 @@ class _SharedBias(T5Attention):
             position_bias = super().compute_bias(hidden_states.shape[1], n_keys, hidden_states.device, past)
         elif position_bias is None:
             position_bias = hidden_states.new_zeros(1, self._tpa_n_heads, hidden_states.shape[1], n_keys)
-        return self.o(hidden_states.new_zeros(*hidden_states.shape[:-1], 0)), position_bias, None
+        out = self.o(hidden_states.new_zeros(*hidden_states.shape[:-1], 0))
+        return out, position_bias, _no_weights(hidden_states, n_keys)
 
 # %% ../nbs/01_families.ipynb #82b317b3
 def _t5_attn(module, kind='self'):

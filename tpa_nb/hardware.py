@@ -26,8 +26,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from .arch import Arch
-from .profile import _check_arch, _check_count, _check_together, _cpu_name, _evaluating, _module_flops, _parts
+from .arch import Arch, _check_arch
+from .profile import _check_count, _check_together, _cpu_name, _evaluating, _module_flops, _parts
 from .profile import _random_batch, _wait_for, count_flops, flops_by_part
 
 # %% ../nbs/09_hardware.ipynb #c55ad545

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 
 # %% ../nbs/03_importance.ipynb #2f1d4d55
-from .arch import Arch
-from .tasks import Examples
+from .arch import Arch, _check_arch
+from .tasks import Examples, Task, _check_fit
 
 # %% ../nbs/03_importance.ipynb #46bcc4ab
 def n_columns(arch: Arch) -> int:
@@ -98,6 +98,8 @@ def example_losses(
 
 def _losses_of(arch, data):
     "The function (outputs, batch) to (B,) that fits task and model"
+    if hasattr(data, 'task'):
+        _check_fit(arch, data.task)
     own = getattr(getattr(data, 'task', None), 'losses', None)
     return own(arch.tokenizer) if own else partial(example_losses, shift=arch.task_type == 'causal_lm')
 
@@ -123,6 +125,7 @@ def _batch_derivatives(arch, batch, loss_fn):
             hook.remove()
     out = torch.full((len(losses), len(attns), n_columns(arch)), float('nan'))
     for a in (a for a in attns if a.n_heads):
+        store.setdefault(a.row, out.new_zeros(len(losses), a.n_heads))  # the loss does not depend on it
         if not store[a.row].isfinite().all():
             raise ValueError(f"the loss gives derivatives in {a.name} that are not finite; "
                              "check the weights and the data for NaN")
@@ -144,6 +147,9 @@ def _as_batches(arch, data, batch_size):
             raise ValueError("`arch` has no tokenizer, which examples need; pass `Arch(model, tokenizer)`")
         yield from data.batches(arch.tokenizer, batch_size, arch.device)
         return
+    if isinstance(data, (Task, str, dict)) or not isinstance(data, Iterable):
+        raise TypeError(f"`data` must be Examples or batches, got {type(data).__name__}; "
+                        "a task gives them: `task.calibration(512)`")
     for batch in data:
         if not hasattr(batch, 'keys') or 'labels' not in batch:
             raise ValueError(f"`data` must be Examples or batches (dicts) with 'labels', got {type(batch).__name__}"
@@ -151,6 +157,14 @@ def _as_batches(arch, data, batch_size):
         yield {k: v.to(arch.device) for k, v in batch.items()}
 
 # %% ../nbs/03_importance.ipynb #430face8
+def _check_scorable(arch):
+    "Raise unless `arch` has weights that a loss can be computed with, and heads"
+    _check_arch(arch)
+    arch.check_weights()
+    arch.check_plain()
+    if not any(a.n_heads for a in arch.attns):
+        raise ValueError("`arch` has no heads left, so there is nothing to score")
+
 def head_derivatives(
     arch: Arch,                                # The model; it is left as it was
     data: Examples | Iterable[dict],           # Examples of a task, or batches with 'labels'
@@ -158,7 +172,7 @@ def head_derivatives(
     loss_fn: Callable | None = None,           # (outputs, batch) to the loss of each example, (B,); else the task's
 ) -> HeadDerivatives:
     "Compute the derivative of each example's loss in each head's gate, one backward pass per batch"
-    arch.check_weights()
+    _check_scorable(arch)
     values, tokens, loss_fn = [], [], loss_fn or _losses_of(arch, data)
     with _frozen(arch.model):
         for batch in _as_batches(arch, data, batch_size):
@@ -323,6 +337,7 @@ def neuron_importance(
 
 def _check_plain(arch):
     "Raise unless every feed-forward layer is the original kind"
+    _check_arch(arch)
     odd = next((f for f in arch.ffns if not f.is_plain), None)
     if odd is not None:
         raise ValueError(f"{odd.name} is no plain feed-forward layer any more; score its neurons before `moefy`")
@@ -330,6 +345,7 @@ def _check_plain(arch):
 def _mean_absolute(arch, data, batch_size, loss_fn, derivatives):
     "Mean over all examples of the absolute values of what `derivatives(arch, batch, loss_fn)` lists, (B, units) each"
     arch.check_weights()
+    arch.check_plain()
     sums, n, loss_fn = [], 0, loss_fn or _losses_of(arch, data)
     with _frozen(arch.model):
         for batch in _as_batches(arch, data, batch_size):

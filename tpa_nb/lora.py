@@ -139,6 +139,8 @@ def lora_config(
     if lora_alpha <= 0 or not 0 <= lora_dropout < 1:
         raise ValueError(f"`lora_alpha` must be above 0 and `lora_dropout` in [0, 1), got {lora_alpha!r} and "
                          f"{lora_dropout!r}")
+    if not any(_sites(arch, targets)):
+        raise ValueError(f"`targets` {tuple(targets)} are not there any more: the attentions have lost all heads")
     top = max(ranks)
     others = {k: v for k, v in pattern.items() if v != top}
     return LoraConfig(r=top, lora_alpha=lora_alpha, lora_dropout=lora_dropout, rank_pattern=others,
@@ -173,6 +175,7 @@ def add_lora(
     "Put LoRA on the attentions of `arch`; only adapters, norms and task head train (Wang et al. 2023, section 3.3)"
     if arch.is_adapted:
         raise ValueError("`arch` carries an adapter already; call `merge_lora` first")
+    arch.check_plain(packed=True)
     ranks = _choose_ranks(arch, imp, r, r_high, r_low, top_blocks, budget, targets)
     config = lora_config(arch, ranks, lora_alpha, lora_dropout, targets, train)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -195,6 +198,11 @@ def merge_lora(
     "Fold the adapters into the weights, exactly; all parameters train again"
     if not arch.is_adapted:
         raise ValueError("`arch` carries no adapter to merge; `add_lora` adds one")
+    if not hasattr(arch.model, 'merge_and_unload'):
+        kind = arch.model.active_peft_config.peft_type.value
+        raise ValueError(f"`arch` carries an adapter of the kind {kind}, which has no place in the weights and cannot "
+                         "be merged; unload it, `arch.model.get_base_model()`")
+    arch.check_weights()
     bad = [n for n, p in arch.model.named_parameters() if 'lora_' in n and not p.isfinite().all()]
     if bad:
         raise ValueError(f"the adapter holds values that are not finite, first in {bad[0]!r}; nothing was merged")

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 # %% ../nbs/21_moe.ipynb #b146d9bc
-from .arch import Arch, FFN
+from .arch import FFN, Arch, _check_arch
 from .experts import Experts
 from .ffn import _act_name
 from .importance import _as_batches, model_inputs, neuron_importance
@@ -247,8 +247,7 @@ register_flops(MoE, _moe_flops, replace=True)
 # %% ../nbs/21_moe.ipynb #8fa56331
 def _layers_to_change(arch, rows):
     "The feed-forward layers `rows`, if every one of them can become a mixture"
-    if not isinstance(arch, Arch):
-        raise TypeError(f"`arch` must be an Arch, got {type(arch).__name__}; wrap the model: Arch(model)")
+    _check_arch(arch)
     if arch.is_adapted:
         raise ValueError("`arch` carries a PEFT adapter; call `merge_lora` first, or `moefy` before `add_lora`")
     ffns = arch.ffns

@@ -29,7 +29,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import tpa_nb
-from .arch import Arch
+from .arch import Arch, _check_arch
 from .tasks import Task
 
 # %% ../nbs/07_profile.ipynb #48c0b4c2
@@ -63,11 +63,6 @@ def _live(module: nn.Module):
         yield from _live(part)
 
 # %% ../nbs/07_profile.ipynb #4895020d
-def _check_arch(arch, name: str = 'arch') -> None:
-    "Refuse anything but an `Arch`"
-    if not isinstance(arch, Arch):
-        raise TypeError(f"`{name}` must be an Arch, got {type(arch).__name__}; wrap the model: Arch(model)")
-
 def count_params(
     arch: Arch,               # The model, plain or with an adapter
 ) -> dict[str, int | None]:   # 'params', 'trainable', 'nonzero' (None without weights), 'weight_bytes'
@@ -258,10 +253,11 @@ def _check_together(archs) -> torch.device:
         raise ValueError(f"`archs` must be a dict of at least one name and Arch, got {archs!r}")
     for name, arch in archs.items():
         _check_arch(arch, f'archs[{name!r}]')
-    devices = {name: str(arch.device) for name, arch in archs.items()}
+    devices = {name: ', '.join(sorted({str(p.device) for p in arch.model.parameters()}))
+               for name, arch in archs.items()}
     if len(set(devices.values())) > 1:
         raise ValueError(f"`archs` must share one device to be timed together, got {devices}")
-    if 'meta' in devices.values():
+    if any('meta' in device for device in devices.values()):
         raise ValueError("`archs` on the meta device have shapes and no weights: they can be counted, not timed "
                          "(latency=False)")
     return next(iter(archs.values())).device

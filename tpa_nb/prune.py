@@ -14,7 +14,7 @@ from numbers import Integral, Real
 import torch
 
 # %% ../nbs/04_prune.ipynb #e0c7c309
-from .arch import Arch
+from .arch import Arch, _check_arch
 
 # %% ../nbs/04_prune.ipynb #4c786b56
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ def select_heads(
 # %% ../nbs/04_prune.ipynb #d4291bc0
 def _check_selection(arch, selection, min_heads):
     "Raise unless every head of `selection` can be removed from `arch`"
+    _check_arch(arch)
     arch.check_surgery()
     if not isinstance(selection, Mapping):
         raise TypeError(f"`selection` must map rows to heads to remove, got {type(selection).__name__}")
@@ -136,6 +137,8 @@ def _check_selection(arch, selection, min_heads):
     for row, heads in selection.items():
         if row not in range(len(attns)):
             raise ValueError(f"`selection` names attention {row!r}; there are 0 to {len(attns) - 1}")
+        if not isinstance(heads, (list, tuple, set, frozenset, range)):
+            raise TypeError(f"`selection` must give a list of heads for attention {row}, got {heads!r}")
         attn, gone = attns[row], set(heads)
         missing = sorted(gone - set(attn.heads))
         if missing:

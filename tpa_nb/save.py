@@ -315,6 +315,7 @@ def _adapter(arch):
 # %% ../nbs/08_save.ipynb #92f8a36b
 def _check_arch(arch, recipe):
     "Raise unless `load_model` could rebuild `arch`"
+    arch.check_plain()
     base = arch.base
     if getattr(transformers, recipe['model_class'], None) is not type(base):
         raise ValueError(f"`arch` holds a {type(base).__module__}.{type(base).__name__}; only model classes that "

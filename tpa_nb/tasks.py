@@ -274,6 +274,20 @@ def check_model(
                          f"things; use task.relabel({order})")
     return 'other'
 
+def _check_fit(arch, task):
+    "Raise unless `arch` has a tokenizer and a head for `task`"
+    if arch.tokenizer is None:
+        raise ValueError("`arch` has no tokenizer, which a task needs; pass `Arch(model, tokenizer)`")
+    if arch.task_type != task.task_type:
+        raise ValueError(f"`task` {task.name!r} needs a model for {task.task_type!r}, `arch` is one for "
+                         f"{arch.task_type!r}; load it with `Arch.from_pretrained(name, task)`")
+    n = arch.base.config.num_labels
+    if task.num_labels not in (None, n):
+        raise ValueError(f"`task` {task.name!r} needs {task.num_labels} outputs, the model has {n}; "
+                         "load it with `Arch.from_pretrained(name, task)`")
+    if task.num_labels is None:
+        task.check_model(arch.base.config)
+
 # %% ../nbs/02_tasks.ipynb #c0a88414
 @patch
 def relabel(

@@ -9,7 +9,7 @@ __all__ = ['label_tokens', 'PromptTask', 'as_prompts', 'load_race', 'Perplexity'
 # %% ../nbs/15_text.ipynb #88a5d581
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,28 +19,41 @@ from datasets import Dataset
 from fastcore.basics import patch
 from pyarrow import parquet
 from sklearn.metrics import f1_score
-from transformers import DataCollatorForSeq2Seq, DataCollatorForTokenClassification, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, DataCollatorForTokenClassification, PretrainedConfig
+from transformers import PreTrainedTokenizerBase
 
 # %% ../nbs/15_text.ipynb #b4250737
 from .tasks import Accuracy, Task, _LocalMetric
 
 # %% ../nbs/15_text.ipynb #cbde2ef1
+def _readings(tokenizer, label_words, after):
+    "`after` less the white space that words take along, its tokens, and those of `after` with each word"
+    encode = lambda text: tokenizer(text, add_special_tokens=False)['input_ids'] if text else []
+    bare = bool(after) and not after[-1].isspace()
+    words = [encode(after + ' ' * (bare and not w[:1].isspace()) + w) for w in label_words]
+    for end in range(len(after), len(after.rstrip()) - 1, -1):
+        context = encode(after[:end])
+        if all(w[:len(context)] == context for w in words): return after[:end], context, words
+    wrong = next(w for w in words if w[:len(context)] != context)
+    raise ValueError(f"`after` {after[:end]!r} becomes {tokenizer.convert_ids_to_tokens(context)} by itself, but "
+                     f"{tokenizer.convert_ids_to_tokens(wrong)} with a word: `tokenizer` joins its end with what "
+                     "follows; let the template end in another mark, a whole word or a line break")
+
 def label_tokens(
     tokenizer: PreTrainedTokenizerBase,  # The model's tokenizer
     label_words: tuple[str, ...],        # A word for each class
     after: str = '',                     # Text that stands before the word, for a model without an encoder
-) -> tuple[list[int], list[int]]:        # Tokens that all words share at the start, then one token for each word
+) -> tuple[list[int], list[int]]:        # Tokens that follow `after` whatever the word, then one token for each word
     "Find the first token that tells the words apart"
-    context = tokenizer(after, add_special_tokens=False)['input_ids'] if after else []
-    words = [tokenizer(after + (' ' if after else '') + w, add_special_tokens=False)['input_ids'] for w in label_words]
+    _, context, words = _readings(tokenizer, label_words, after)
     same = next((i for i, column in enumerate(zip(*words)) if len(set(column)) > 1), min(map(len, words)))
     first = [w[same] if same < len(w) else None for w in words]
-    if same < len(context) or len(set(first)) < len(words) or None in first:
+    if len(set(first)) < len(words) or None in first:
         raise ValueError(f"`label_words` {label_words} are not told apart by their first tokens; choose words that "
                          f"begin differently (here they are {[tokenizer.convert_ids_to_tokens(w) for w in words]})")
     return words[0][len(context):same], first
 
-# %% ../nbs/15_text.ipynb #81c0fcd3
+# %% ../nbs/15_text.ipynb #72319a7e
 def _check_prompt(task):
     "Refuse templates, words and model types that make no prompt"
     if task.task_type not in ('seq_2_seq_lm', 'causal_lm'):
@@ -55,11 +68,23 @@ def _check_prompt(task):
     if task.task_type == 'causal_lm' and not task.template.rsplit('}', 1)[-1].strip():
         raise ValueError("`template` of a 'causal_lm' must end with words that ask for the answer, such as "
                          f"' answer:', got {task.template!r}")
+    start = task.decoder_start
+    if not isinstance(start, tuple) or not all(isinstance(t, int) and t >= 0 for t in start):
+        raise TypeError(f"`decoder_start` must be a tuple of token ids, got {start!r}")
+    if start and task.task_type == 'causal_lm':
+        raise ValueError(f"`decoder_start` {start} is for a 'seq_2_seq_lm'; a 'causal_lm' has no decoder to start")
+
+def _last_words(task):
+    "What the template says after the last column, if the answer follows it"
+    return task.template.rsplit('}', 1)[-1].lstrip() if task.task_type == 'causal_lm' else ''
 
 def _encode_prompts(task, rows, tokenizer, kwargs):
     "Tokenise the prompts; the tokens that all answers share follow them, or start the decoder"
     columns = task.text_columns
-    texts = [task.template.format(**dict(zip(columns, row))) for row in zip(*(rows[c] for c in columns))]
+    last = _last_words(task)
+    spare = len(last) - len(_readings(tokenizer, task.label_words, last)[0])  # white space that words take along
+    template = task.template[:len(task.template) - spare]
+    texts = [template.format(**dict(zip(columns, row))) for row in zip(*(rows[c] for c in columns))]
     shared, _ = task.tokens(tokenizer)
     if task.task_type == 'seq_2_seq_lm':
         return {**tokenizer(texts, **kwargs), 'labels': rows['label']}
@@ -69,25 +94,23 @@ def _encode_prompts(task, rows, tokenizer, kwargs):
     ids = [start + (i[-room:] if room else i) + shared for i in ids]
     return {'input_ids': ids, 'attention_mask': [[1] * len(i) for i in ids], 'labels': rows['label']}
 
-# %% ../nbs/15_text.ipynb #032bab6f
+# %% ../nbs/15_text.ipynb #34714788
 @dataclass(frozen=True, eq=False, repr=False)
 class PromptTask(Task):
     "A classification task asked in words; made by `as_prompts`"
     template: str = ''                    # The prompt, with {column} where a column goes
     label_words: tuple[str, ...] = ()     # The answer for each label
     task_type: str = 'seq_2_seq_lm'       # 'seq_2_seq_lm' or 'causal_lm'
+    decoder_start: tuple[int, ...] = ()   # Tokens before the answer of an encoder-decoder; the padding token if empty
     num_labels, model_kwargs = None, {}   # the model keeps its vocabulary
 
     def __post_init__(self):
         super().__post_init__()
         _check_prompt(self)
 
-    def check_model(self, config) -> str: return 'generic'  # there is no head whose labels could differ
-
     def tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
         "Tokens that every answer starts with, and the one token of each label"
-        last = self.template.rsplit('}', 1)[-1].strip() if self.task_type == 'causal_lm' else ''
-        return label_tokens(tokenizer, self.label_words, last)
+        return label_tokens(tokenizer, self.label_words, _last_words(self))
 
     def encode_rows(self, rows: dict, tokenizer: PreTrainedTokenizerBase, **kwargs) -> dict[str, list]:
         "Token ids of the prompts, with 'labels'"
@@ -113,10 +136,11 @@ class PromptTask(Task):
 def collator(self: PromptTask, tokenizer: PreTrainedTokenizerBase) -> Callable:
     "A function that pads encoded rows to a batch, on the left for a model without an encoder"
     is_causal, (shared, _) = self.task_type == 'causal_lm', self.tokens(tokenizer)
+    start = self.decoder_start or (tokenizer.pad_token_id,)
     def collate(features):
         batch = tokenizer.pad(features, return_tensors='pt', padding_side='left' if is_causal else None)
-        if not is_causal:  # T5 starts its answers with the padding token
-            batch['decoder_input_ids'] = torch.tensor([[tokenizer.pad_token_id, *shared]] * len(features))
+        if not is_causal:
+            batch['decoder_input_ids'] = torch.tensor([[*start, *shared]] * len(features))
         return batch
     return collate
 
@@ -135,6 +159,30 @@ def as_prompts(
     words = task.label_names if label_words is None else tuple(label_words)
     return PromptTask(**kept, template=default if template is None else template, label_words=words or (),
                       task_type=task_type)
+
+# %% ../nbs/15_text.ipynb #a3a5fc54
+@patch
+def with_decoder_start(
+    self: PromptTask,
+    *token_ids: int,  # What the decoder reads before the answer; the padding token if not given
+) -> PromptTask:      # The same rows, template and words
+    "Start answers with other tokens, for a model that was trained so"
+    return replace(self, decoder_start=token_ids)
+
+# %% ../nbs/15_text.ipynb #7daa5dda
+@patch
+def check_model(
+    self: PromptTask,
+    config: PretrainedConfig,  # As stored with the checkpoint
+) -> str:                      # 'generic': there is no head whose labels could differ
+    "Refuse a model whose decoder starts with another token than the task's answers"
+    theirs, pad = (getattr(config, f'{name}_token_id', None) for name in ('decoder_start', 'pad'))
+    ours = self.decoder_start[0] if self.decoder_start else pad
+    if self.task_type == 'seq_2_seq_lm' and theirs not in (None, ours):
+        what = 'token' if self.decoder_start else 'the padding token'
+        raise ValueError(f"`task` {self.name!r} starts the decoder with {what} {ours}, the model with token {theirs}; "
+                         f"use task.with_decoder_start({theirs})")
+    return 'generic'
 
 # %% ../nbs/15_text.ipynb #85774fb0
 def load_race(
@@ -304,10 +352,22 @@ class TokenTask(Task):
         return self.metric.compute(predictions=logits.argmax(-1)[refs != -100], references=refs[refs != -100])
 
 # %% ../nbs/15_text.ipynb #ba6f5a7e
+def _needs_spaces(tokenizer):
+    "Must words be given with the space before them, to become the tokens of the text that they make?"
+    split = lambda *words: tokenizer(list(words), is_split_into_words=True, add_special_tokens=False)['input_ids']
+    text = tokenizer('a b', add_special_tokens=False)['input_ids']
+    if split('a', 'b') == text: return False
+    if split('a', ' b') == text: return True
+    words, text = map(tokenizer.convert_ids_to_tokens, (split('a', 'b'), text))
+    raise ValueError(f"`tokenizer` makes {words} of the words 'a' and 'b', but {text} of the text 'a b'; take one that "
+                     "reads words as it reads a text, such as a byte-level one with `add_prefix_space=True`")
+
 @patch
 def encode_rows(self: TokenTask, rows: dict, tokenizer: PreTrainedTokenizerBase, **kwargs) -> dict[str, list]:
     "Token ids with 'labels', -100 but for the first token of each word"
-    enc = tokenizer(rows['words'], is_split_into_words=True, **{**kwargs, 'truncation': bool(kwargs.get('truncation'))})
+    space = ' ' * _needs_spaces(tokenizer)
+    texts = [[space * (i > 0) + w for i, w in enumerate(words)] for words in rows['words']]
+    enc = tokenizer(texts, is_split_into_words=True, **{**kwargs, 'truncation': bool(kwargs.get('truncation'))})
     labels = []
     for i, row in enumerate(rows['label']):
         words = enc.word_ids(i)

@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 # %% ../nbs/06_train.ipynb #51a45807
 from .arch import Arch
 from .lora import add_lora, merge_lora
-from .tasks import Examples, Task
+from .tasks import Examples, Task, _check_fit
 
 # %% ../nbs/06_train.ipynb #84648427
 def method_of(arch: Arch) -> str:
@@ -95,19 +95,6 @@ def _sampling(lengths):
     "How the Trainer draws batches: by length where that saves much padding"
     lengths = torch.tensor(lengths[:], dtype=torch.float)
     return 'group_by_length' if lengths.std(correction=0) > 0.25 * lengths.mean() else 'random'
-
-def _check_fit(arch, task):
-    "Raise unless `arch` has a tokenizer and a head for `task`"
-    if arch.tokenizer is None:
-        raise ValueError("`arch` has no tokenizer, which training on a task needs; pass `Arch(model, tokenizer)`")
-    arch.check_weights()
-    if arch.task_type != task.task_type:
-        raise ValueError(f"`task` {task.name!r} needs a model for {task.task_type!r}, `arch` is one for "
-                         f"{arch.task_type!r}; load it with `Arch.from_pretrained(name, task)`")
-    n = arch.base.config.num_labels
-    if task.num_labels not in (None, n):
-        raise ValueError(f"`task` {task.name!r} needs {task.num_labels} outputs, the model has {n}; "
-                         "load it with `Arch.from_pretrained(name, task)`")
 
 # %% ../nbs/06_train.ipynb #ac76d4c0
 class AddedLoss(nn.Module):
@@ -242,6 +229,7 @@ def make_trainer(
 ) -> Trainer:                          # Silent, reporting to nobody
     "Make a Hugging Face Trainer for `arch` on `task`"
     _check_fit(arch, task)
+    arch.check_weights()
     rows = _encoded(train or task.examples('train'), arch)
     settings = dict(train_sampling_strategy=_sampling(rows['length']), report_to='none', disable_tqdm=True,
                     logging_steps=10, label_names=['labels'],
@@ -446,6 +434,7 @@ def warm_up(
         raise ValueError("`arch` carries an adapter already; call `merge_lora` first")
     work = Arch(arch.model, arch.tokenizer, arch.family)
     _check_fit(work, task)
+    work.check_weights()
     add_lora(work, r=r, train=train, seed=seed)
     settings = {'title': 'warm-up', 'lr_scheduler_type': 'constant_with_warmup', **kwargs}
     arch.model = merge_lora(finetune(work, task, epochs, lr, batch_size, seed, **settings)).model
