@@ -20,12 +20,12 @@ from .generation import *
 from .split import *
 from .ffn import *
 from .experts import *
-from .gpu_experts import *
 from .moe import *
 from .router import *
 from .lora_expert import *
 from .fused import *
 from .bench import *
+from .gpu_experts import *
 from .distill import *
 from .moebert import *
 from .recipe import *

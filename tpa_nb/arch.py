@@ -448,6 +448,7 @@ class Arch:
         self.model, self.tokenizer, self.family = model, tokenizer, family
         self.history: list[dict] = []
         self.new_weights: tuple[str, ...] = ()  # weights that no checkpoint gave: they are random
+        self.cuts_adapters = False              # does who cuts this base cut the adapters inside it too?
 
 # %% ../nbs/00_arch.ipynb #4c6b1753
 def _prefix(base, family):
@@ -631,7 +632,7 @@ def check_plain(
     packed: bool = False,  # Will quantised weights do?
 ) -> None:
     "Raise where an adapter sits where this package does not see it, or weights are quantised"
-    own = () if self.is_adapted else self.base.named_modules()
+    own = () if self.is_adapted or self.cuts_adapters else self.base.named_modules()
     hidden = next((name for name, m in own if hasattr(m, 'get_base_layer')), None)
     if hidden is not None:
         raise ValueError(f"`arch` has an adapter at {hidden!r} that `model.add_adapter` put there and that would be "

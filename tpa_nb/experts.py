@@ -186,7 +186,7 @@ def _loop(experts, x, chosen):
     out = x.new_zeros(len(x), experts.d_model)
     for e, rows in enumerate(tokens.split(counts)):
         if len(rows):
-            out = out.index_add(0, rows, experts.output(x[rows], e).to(out.dtype))
+            out.index_add_(0, rows, experts.output(x[rows], e).to(out.dtype))
     return out if experts.bias is None else out + experts.bias.to(out.dtype)
 
 # %% ../nbs/20_experts.ipynb #03c9dd07
@@ -561,13 +561,20 @@ def _distance(row, tokens, size):
     "How far a measurement is from what is asked"
     return abs(math.log2(row['tokens'] / tokens)) + abs(math.log2(row['expert_size'] / size))
 
+def _more_work(tokens, share, measured):
+    "How many times as long it takes to run `share` of the experts instead of `measured`"
+    read = lambda s: 1 - (1 - s) ** tokens  # share of the experts whose weights are read, if tokens choose at random
+    few = 1 / (1 + tokens / 8)              # with few tokens reading weights takes the time, with many the products do
+    return few * read(share) / read(measured) + (1 - few) * share / measured
+
 def _ranked(table, device, dtype, tokens, size, share):
     "Plans, fastest first, by the nearest measurement"
     rows = [r for r in table if r['device'] == device and r['dtype'] == dtype]
     if not rows:
         return ['masked']
     row = min(rows, key=lambda r: _distance(r, tokens, size))
-    times = {name: t if name == 'masked' else t * share / row['share'] for name, t in row['plans'].items()}
+    more = _more_work(tokens, share, row['share'])
+    times = {name: t if name == 'masked' else t * more for name, t in row['plans'].items()}
     return sorted(times, key=times.get)
 
 # %% ../nbs/20_experts.ipynb #07a006f1

@@ -196,6 +196,7 @@ def prune_adapted_heads(
     if any(m.merged for m in layers.values()):
         raise ValueError("`arch` has an adapter merged in place; call `arch.model.unmerge_adapter()` first")
     plain = Arch(arch.base, arch.tokenizer, arch.family)
+    plain.cuts_adapters = True  # below
     before = {a.row: (a.heads, a.kv_heads) for a in plain.attns}
     prune_heads(plain, selection)
     for attn in arch.attns:
