@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from tpa_nb.hardware import _in_turns
+
 CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 
 
@@ -56,16 +58,9 @@ def command_of(script, argv, out=None):
 
 def in_turns(calls, repeats, warmup, clock, inner=1, sync=lambda: None):
     "Seconds of each of `calls`, forwards and backwards through the list; each is the mean of `inner` runs in a row"
-    times = {name: [] for name in calls}
-    for i in range(-warmup, repeats):
-        for name in (list(calls) if i % 2 == 0 else reversed(calls)):
-            sync()
-            start = clock()
-            for _ in range(inner):
-                calls[name]()
-            sync()
-            times[name] += [(clock() - start) / inner] if i >= 0 else []
-    return times
+    several = {name: lambda call=call: [call() for _ in range(inner)] for name, call in calls.items()}
+    times = _in_turns(several, sync, repeats, warmup, clock)
+    return {name: [t / inner for t in found] for name, found in times.items()}
 
 
 def write(found, path):

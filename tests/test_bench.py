@@ -1,4 +1,5 @@
 "The benchmark of experts: its numbers are those of the work that was done, and what is stored is whole"
+import inspect
 import json
 import math
 import os
@@ -179,3 +180,11 @@ def test_command_answers_without_torch():
     imported = {line.rpartition('|')[2].strip() for line in done.stderr.splitlines()}
     assert done.returncode == 0 and 'tpa_nb.cli' in imported and 'torch' not in imported
     assert '--n_experts' in done.stdout and '--compile' in done.stdout
+
+
+def test_the_command_has_the_options_of_the_function():
+    from tpa_nb.cli import tpa_bench
+    ours, theirs = (inspect.signature(f).parameters for f in (tpa_bench, run_bench))
+    assert set(ours) == set(theirs) - {'say'}
+    flags = {name for name, p in theirs.items() if p.default is False}  # fastcore keeps those of a command elsewhere
+    assert {n: ours[n].default for n in set(ours) - flags} == {n: theirs[n].default for n in set(ours) - flags}

@@ -35,6 +35,7 @@ from torch.autograd.function import once_differentiable
 # %% ../nbs/20_experts.ipynb #74bd017d
 import tpa_nb.ffn  # `FFN.act`
 from .arch import FFN
+from .hardware import _in_turns
 from .profile import _wait_for, provenance
 from .save import _is_known
 
@@ -642,20 +643,6 @@ def forward(
     return plans[name].run(self, x, chosen)
 
 # %% ../nbs/20_experts.ipynb #41906abb
-def _interleaved(calls, repeats, sync):
-    "Median seconds of each of `calls`, run in turns after one warm-up; `sync` waits for the device"
-    for call in calls.values():
-        call()
-    times = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            sync()
-            start = time.perf_counter()
-            call()
-            sync()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
-
 @torch.no_grad()
 def _time_plans(experts, tokens, share, repeats):
     "Time of each plan as a share of the dense layer's"
@@ -668,7 +655,8 @@ def _time_plans(experts, tokens, share, repeats):
     for name, plan in plans.items():
         if not plan.why_not(experts, x) and (name != 'token' or tokens == 1):
             calls[name] = lambda plan=plan: plan.run(experts, x, chosen)
-    found = _interleaved(calls, repeats, _wait_for(x.device))
+    times = _in_turns(calls, _wait_for(x.device), repeats, 1, time.perf_counter)
+    found = {name: statistics.median(t) for name, t in times.items()}
     return {name: round(t / found['dense'], 3) for name, t in found.items() if name != 'dense'}
 
 # %% ../nbs/20_experts.ipynb #be76a608

@@ -132,7 +132,7 @@ def _tiles(tokens: int, n: int) -> dict:
 
 @torch.no_grad()
 def _fused(experts, x, chosen):
-    "The chosen experts in three launches: lists, bias, experts"
+    "The chosen experts: lists of tokens, an output that starts with the bias, and one launch that adds to it"
     (E, n, D), x = experts.up.shape, x.contiguous()
     tokens, counts = _token_lists(chosen)
     out = x.new_zeros(len(x), D, dtype=torch.float32)
