@@ -26,6 +26,7 @@ from .lora_expert import *
 from .fused import *
 from .bench import *
 from .gpu_experts import *
+from .backends import *
 from .distill import *
 from .moebert import *
 from .recipe import *
