@@ -2,13 +2,17 @@
 
     python experiments/moefication.py --data_dir DATA --stage tune --jobs 2
     python experiments/moefication.py --data_dir DATA --jobs 2 --minutes 60
+    python experiments/moefication.py --data_dir DATA --stage sweep --jobs 2
 
 A MiniLM is fine-tuned, ReLU-fied in the middle and fine-tuned on; that is the dense model. Its feed-forward layers are
 split into experts of which a fifth runs for each token: chosen by an oracle or by a router. Then what is left to train
 is trained for as many steps in every method: a LoRA expert (by the labels, or with the dense model as its teacher),
 LoRA on the attentions, all weights; and, as baselines, the same on the dense model. Of larger sets, 9,000 training
-rows serve. The first command tries learning rates on a slice of the training rows, the second runs the
-grid. Each cell leaves a file in experiments/results/moefication; what is there is not run again.
+rows serve. The task t5-sst2 is SST-2 asked in words, of a small T5 that is trained here from nothing on all rows and
+recovers on 9,000 of them. The first command tries learning rates on a slice of the training rows, the second runs the
+comparison, the third changes one thing after the other: how many experts run, their size, how neurons are dealt out,
+what chooses, and the rank of the LoRA expert. Each cell leaves a file in experiments/results/moefication; what is there
+is not run again.
 """
 from functools import lru_cache, partial
 from itertools import product
@@ -17,6 +21,7 @@ from pathlib import Path
 import torch
 from fastcore.script import call_parse, store_true
 from shared import answers, at_most, choices, kept, need_data, setting, slice_of, steps_of
+from small_t5 import PREFIX, asked_in_words, small_t5
 
 from tpa_nb.arch import Arch
 from tpa_nb.distill import distill
@@ -30,16 +35,22 @@ from tpa_nb.tasks import load_task
 from tpa_nb.train import finetune
 
 FOLDER = Path(__file__).parent / 'results' / 'moefication'
-EPOCHS = {'sst2': 2, 'mnli': 2, 'mrpc': 4, 'cola': 4, 'rte': 6}  # of the dense model, half of them with GELU
+EPOCHS = {'sst2': 2, 'mnli': 2, 'mrpc': 4, 'cola': 4, 'rte': 6, 't5-sst2': 3}  # of the dense model
 ROWS = 9000            # training rows at most, of the larger sets, drawn at random; the same for all methods
-RECOVERY = 0.5         # steps of every recovery, as a share of the dense model's
-DENSE_LR = 1e-4
-EXPERTS, SHARE = 48, 0.2
+RECOVERY = 0.5         # epochs of every recovery, as a share of the dense model's
+DENSE_LR, T5_LR = 1e-4, 1e-3  # the T5 begins with random weights
+DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32)  # a fifth of the experts; a T5 has as many neurons as a MiniLM
 RATES = {'expert': (2e-3, 1e-3, 4e-3), 'attention': (1e-3, 5e-4, 2e-3), 'full': (5e-5, 2e-5, 1e-4)}
 TUNED = ('sst2', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
-ROUTERS = {'paper': dict(contribution='activation', scale='batch'), 'mlp': {}}  # settings of `fit_routers`
+ROUTERS = {'mlp': {}, 'paper': dict(contribution='activation', scale='batch'),  # settings of `fit_routers`
+           'centroid': dict(router='centroid'), 'hash': dict(router='hash')}
 GRID = ('dense', 'mlp', 'mlp+expert', 'mlp+distilled', 'oracle-activation', 'oracle-distance', 'paper', 'paper+expert',
         'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'dynamic', 'dynamic+expert')
+SWEEPS = [
+    *((way, dict(k=k)) for k in (5, 14, 24) for way in ('mlp', 'oracle-distance', 'dynamic')),
+    *((way, dict(experts=E, k=k)) for E, k in ((12, 2), (24, 5), (96, 19)) for way in ('mlp', 'oracle-distance')),
+    *((way, dict(split=how)) for how in ('random', 'coactivation', 'importance') for way in ('mlp', 'oracle-distance')),
+    ('centroid', {}), ('hash', {}), ('mlp+expert', dict(r=8)), ('mlp+expert', dict(r=128))]
 
 
 def tuning_grid():
@@ -48,10 +59,14 @@ def tuning_grid():
             product(rates, TUNED)]
 
 
-def grid(tasks, seeds, methods=GRID, shares=(SHARE,), experts=(EXPERTS,)):
-    "Cells of the comparison, what decides first"
-    return [Cell(task, method, setting(experts=e, k=max(1, round(share * e))), seed)
-            for share, e, seed, task, method in product(shares, experts, seeds, tasks, methods)]
+def grid(tasks, seeds, methods=GRID):
+    "Cells of the comparison, what decides first; neighbours are of different tasks, so that none waits for the other"
+    return [Cell(task, method, seed=seed) for seed, method, task in product(seeds, methods, tasks)]
+
+
+def sweep_grid(tasks, seeds):
+    "Cells that differ from the comparison in one thing"
+    return [Cell(task, method, setting(**change), seed) for seed, (method, change), task in product(seeds, SWEEPS, tasks)]
 
 
 @lru_cache
@@ -62,14 +77,33 @@ def best_rate(way):
     return choices(best_setting(read_cells(FOLDER), f'tune-{way}', tried, TUNED))['lr']
 
 
+def load(name, data_dir):
+    "The task by its name; a T5 needs all rows to learn the language"
+    task = load_task(name.removeprefix(PREFIX), data_dir=data_dir, partial=True)
+    return asked_in_words(task) if name.startswith(PREFIX) else at_most(task, ROWS)
+
+
+def epochs_of(task):
+    return EPOCHS[task.name.removesuffix('_partial')]
+
+
+def relufied(task, seed):
+    "A MiniLM whose GELU becomes a ReLU half-way through its training"
+    arch, epochs = Arch.from_pretrained('minilm', task, seed), epochs_of(task) / 2
+    finetune(arch, task, epochs, DENSE_LR, seed=seed, mixed_precision='bf16')
+    relufy(arch, calibration(task, seed))
+    return finetune(arch, task, epochs, DENSE_LR, seed=seed + 1000, mixed_precision='bf16')
+
+
+def trained_t5(task, seed):
+    "A small T5 that has learnt the task from nothing"
+    return finetune(small_t5(task, seed), task, epochs_of(task), T5_LR, seed=seed, batch_size=64, mixed_precision='bf16')
+
+
 def dense_model(task, seed, cache):
-    "A ReLU-fied model tuned on the task; cells of one task and seed share it"
-    def make():
-        arch, epochs = Arch.from_pretrained('minilm', task, seed), EPOCHS[task.name.removesuffix('_partial')] / 2
-        finetune(arch, task, epochs, DENSE_LR, seed=seed, mixed_precision='bf16')
-        relufy(arch, calibration(task, seed))
-        return finetune(arch, task, epochs, DENSE_LR, seed=seed + 1000, mixed_precision='bf16')
-    return kept(Path(cache) / f'dense-{task.name}-{seed}', make)
+    "A model with ReLU, tuned on the task; cells of one task and seed share it"
+    make = trained_t5 if task.name.startswith(PREFIX) else relufied
+    return kept(Path(cache) / f"dense-{task.name}-{seed}", partial(make, task, seed))
 
 
 def calibration(task, seed):
@@ -77,34 +111,35 @@ def calibration(task, seed):
     return task.calibration(min(2048, len(task.train)), seed)
 
 
-def routed_model(task, seed, way, n_experts, k, cache):
+def routed_model(task, seed, way, asked, cache):
     "The dense model, split and routed; cells of one task, seed and split share it"
+    E, k, split, few = asked['experts'], asked['k'], asked['split'], calibration(task, seed)
+
     def make():
-        arch = dense_model(task, seed, cache)
-        moefy(arch, n_experts, k, router=None, seed=seed)
-        fit_routers(arch, calibration(task, seed), seed=seed, **ROUTERS[way])
+        arch = moefy(dense_model(task, seed, cache), E, k, few, split=split, router=None, seed=seed)
+        fit_routers(arch, few, seed=seed, **ROUTERS[way])
         return arch
-    return kept(Path(cache) / f'{way}-{n_experts}-{k}-{task.name}-{seed}', make)
+    return kept(Path(cache) / f'{way}-{E}-{k}-{split}-{task.name}-{seed}', make)
 
 
-def model_of(way, task, seed, n_experts, k, cache):
+def model_of(way, task, seed, asked, cache):
     "The model before anything is won back"
     if way == 'dense':
         return dense_model(task, seed, cache)
-    arch = routed_model(task, seed, way if way in ROUTERS else 'mlp', n_experts, k, cache)
+    arch = routed_model(task, seed, way if way in ROUTERS else 'mlp', asked, cache)
     if way.startswith('oracle'):
         for row in moes(arch):
-            set_router(arch.ffns[row], OracleRouter(n_experts, way.removeprefix('oracle-')))
+            set_router(arch.ffns[row], OracleRouter(asked['experts'], way.removeprefix('oracle-')))
     if way == 'dynamic':
-        set_dynamic_k(arch, calibration(task, seed), k, seed=seed)
+        set_dynamic_k(arch, calibration(task, seed), asked['k'], seed=seed)
     return arch
 
 
-def recover(arch, task, way, lr, seed, cache):
+def recover(arch, task, way, lr, r, seed, cache):
     "Train what `way` lets train, and fold it in; 'distilled' is a LoRA expert that learns from the dense model"
-    epochs = RECOVERY * EPOCHS[task.name.removesuffix('_partial')]
+    epochs, trained_on = RECOVERY * epochs_of(task), at_most(task, ROWS)
     if way in ('expert', 'distilled'):
-        add_lora_expert(arch, r=32, seed=seed)
+        add_lora_expert(arch, r=r, seed=seed)
     if way == 'attention':
         add_lora(arch, r=8, seed=seed)
     if way == 'full':
@@ -112,9 +147,9 @@ def recover(arch, task, way, lr, seed, cache):
     trainable = sum(p.numel() for p in arch.model.parameters() if p.requires_grad)
     settings = dict(lr=lr, seed=seed + 2000, mixed_precision='bf16')
     if way == 'distilled':
-        distill(arch, dense_model(task, seed, cache), task, epochs, **settings)
+        distill(arch, dense_model(task, seed, cache), trained_on, epochs, **settings)
     else:
-        finetune(arch, task, epochs, **settings)
+        finetune(arch, trained_on, epochs, **settings)
     if way in ('expert', 'distilled'):
         fold_lora_expert(arch)
     if way == 'attention':
@@ -125,13 +160,14 @@ def recover(arch, task, way, lr, seed, cache):
 def run(cell, data_dir, cache):
     "Carry out one cell"
     torch.manual_seed(cell.seed)
-    task = at_most(load_task(cell.task, data_dir=data_dir, partial=True), ROWS)
+    task = load(cell.task, data_dir)
     tuning = cell.method.startswith('tune-')
     task, cache = slice_of(task) if tuning else task, Path(cache) / ('part' if tuning else 'whole')
-    asked = {'experts': EXPERTS, 'k': round(SHARE * EXPERTS), **choices(cell.setting)}
+    asked = {**DEFAULTS, **choices(cell.setting)}
     way, _, more = ('mlp+' + cell.method.removeprefix('tune-') if tuning else cell.method).partition('+')
-    arch = model_of(way, task, cell.seed, asked['experts'], asked['k'], cache)
-    trainable = recover(arch, task, more, asked.get('lr') or best_rate(more), cell.seed, cache) if more else 0
+    arch, trainable = model_of(way, task, cell.seed, asked, cache), 0
+    if more:
+        trainable = recover(arch, task, more, asked.get('lr') or best_rate(more), asked['r'], cell.seed, cache)
     zeros = activation_sparsity(arch, calibration(task, cell.seed), 4096) if cell.method == 'dense' else None
     fits = [h for h in arch.history if h['verb'] == 'fit_routers']
     return {**answers(arch, task), 'trainable': trainable, 'params': count_params(arch)['params'],
@@ -144,12 +180,10 @@ def run(cell, data_dir, cache):
 @call_parse
 def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
-    tasks: str = 'sst2,cola,mrpc',       # Tasks, with commas
+    tasks: str = 'sst2,cola,mrpc,mnli',  # Tasks, with commas
     methods: str = ','.join(GRID),       # Methods, with commas
-    shares: str = f'{SHARE}',            # Shares of the experts that run, with commas
-    experts: str = f'{EXPERTS}',         # Numbers of experts, with commas
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'tune' (learning rates) or 'grid' (the comparison)
+    stage: str = 'grid',                 # 'tune' (learning rates), 'grid' (the comparison) or 'sweep'
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
@@ -158,8 +192,8 @@ def main(
 ):
     "Run the cells that are missing"
     need_data('moefication', data_dir, dry_run)
-    cells = tuning_grid() if stage == 'tune' else grid(
-        tasks.split(','), range(seeds), methods.split(','), [float(s) for s in shares.split(',')],
-        [int(e) for e in experts.split(',')])
+    names = tasks.split(',')
+    cells = {'tune': tuning_grid, 'grid': lambda: grid(names, range(seeds), methods.split(',')),
+             'sweep': lambda: sweep_grid(names, range(seeds))}[stage]()
     run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
                jobs=jobs)

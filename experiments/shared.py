@@ -1,6 +1,8 @@
 "What the experiments share: settings in words, a slice to tune on, models that cells share, answers"
 from dataclasses import replace
 
+from filelock import FileLock
+
 from tpa_nb.save import load_model, save_model
 from tpa_nb.train import predict
 
@@ -44,9 +46,11 @@ def slice_of(task):
 
 
 def kept(folder, make):
-    "The model that `make` makes, from a folder where it was made before"
-    if not (folder / 'tpa.json').exists():
-        save_model(make(), folder, overwrite=True)
+    "The model that `make` makes, from a folder where it was made before; who comes second waits for the first"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{folder}.lock'):
+        if not (folder / 'tpa.json').exists():
+            save_model(make(), folder, overwrite=True)
     return load_model(folder)
 
 

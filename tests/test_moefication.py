@@ -1,22 +1,27 @@
 "The experiment on MoEfication: shared models, equal steps, and every method from routing to folding on a toy task"
 
+from dataclasses import replace
+
 import pytest
 
 from tpa_nb.runner import Cell
+from tpa_nb.tasks import toy_sentences
 
 
 @pytest.fixture
 def script(experiment):
     "The script on a toy"
-    return experiment('moefication', best_rate=lambda way: 1e-3, EPOCHS={'mrpc': 2}, EXPERTS=8)
+    return experiment('moefication', best_rate=lambda way: 1e-3, EPOCHS={'mrpc': 2},
+                      DEFAULTS=dict(experts=8, k=2, split='kmeans', r=32))
 
 
 def test_methods_share_models_and_get_equal_steps(script, tmp_path):
-    found = {method: script.run(Cell('mrpc', method, 'experts=8,k=2'), data_dir='', cache=tmp_path)
+    found = {method: script.run(Cell('mrpc', method), data_dir='', cache=tmp_path)
              for method in script.GRID}
     assert {r['steps'] for m, r in found.items() if '+' not in m} == {4}
     assert {r['steps'] for m, r in found.items() if '+' in m} == {6}
-    assert {p.name for p in (tmp_path / 'whole').iterdir()} == {'dense-mrpc-0', 'mlp-8-2-mrpc-0', 'paper-8-2-mrpc-0'}
+    assert {p.name for p in (tmp_path / 'whole').iterdir() if p.is_dir()} == {
+        'dense-mrpc-0', 'mlp-8-2-kmeans-mrpc-0', 'paper-8-2-kmeans-mrpc-0'}
     assert found['mlp']['router']['contribution'] == 'distance' != found['paper']['router']['contribution']
     assert found['dynamic']['mean_k'] != found['mlp']['mean_k'] == [2, 2]
     assert all(0 < z < 1 for z in found['dense']['zeros'])
@@ -32,3 +37,28 @@ def test_rates_are_chosen_on_training_rows(script, tmp_path):
     tuned = script.run(Cell('mrpc', 'tune-expert', 'lr=1e-03'), data_dir='', cache=tmp_path)
     assert sum(tuned['rows'].values()) == 64
     assert not (tmp_path / 'whole').exists()
+
+
+def test_every_cell_of_the_sweep_runs(script, tmp_path):
+    small = {'k': {5: 1, 14: 3, 24: 4, 2: 1, 19: 4}, 'experts': {12: 2, 24: 4, 96: 16}}
+    found = {}
+    for cell in script.sweep_grid(['mrpc'], [0]):
+        asked = {k: small.get(k, {}).get(v, v) for k, v in script.choices(cell.setting).items()}
+        r = script.run(Cell('mrpc', cell.method, script.setting(**asked)), data_dir='', cache=tmp_path)
+        found[cell.method, cell.setting] = r
+        assert r['mean_k'] == [asked.get('k', 2)] * 2 or cell.method == 'dynamic'
+    ranks = [found['mlp+expert', f'r={r}']['trainable'] for r in (8, 128)]
+    assert ranks[0] < ranks[1]
+    assert {r['router']['router'] for (m, _), r in found.items() if m in ('hash', 'centroid')} == {'hash', 'centroid'}
+
+
+def test_the_small_t5_takes_part(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, 'load_task', lambda *args, **kwargs: replace(
+        toy_sentences(n_train=64, n_validation=24), name='sst2', text_columns=('sentence',)))
+    monkeypatch.setitem(script.EPOCHS, 't5-sst2', 2)
+    monkeypatch.setattr(script, 'ROWS', 32)
+    found = {m: script.run(Cell('t5-sst2', m), data_dir='', cache=tmp_path)
+             for m in ('dense', 'mlp', 'mlp+expert')}
+    assert found['mlp+expert']['steps'] == found['dense']['steps'] + 1, 'it recovers on the smaller part'
+    assert found['mlp']['flops'] < found['mlp+expert']['flops'] < found['dense']['flops']
+    assert len(found['mlp']['mean_k']) == 3, 'encoder and decoder'
