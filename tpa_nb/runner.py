@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Cell', 'missing_cells', 'read_cells', 'run_cells', 'run_script', 'best_setting', 'Difference', 'paired_difference',
-           'score_table']
+           'Recovery', 'recovered_share', 'score_table']
 
 # %% ../nbs/42_runner.ipynb #9458baa4
 import json
@@ -247,26 +247,32 @@ class Difference:
         return f'{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}] ({self.pairs} pairs, {", ".join(self.tasks)})'
 
 # %% ../nbs/42_runner.ipynb #877efdfc
-def _paired(ours, theirs):
-    "By task: labels (N,), answers (seeds, N) of both, and the score"
-    found = {(c['task'], c['seed']): c['result'] for c in theirs}
-    pairs = {}
-    for c in ours:
-        if (c['task'], c['seed']) in found:
-            pairs.setdefault(c['task'], []).append((c['result'], found[c['task'], c['seed']]))
-    digits = lambda found: np.array([int(x) for x in found] if isinstance(found, str) else found)
-    return {task: (digits(rows[0][0]['labels']), np.stack([digits(a['answers']) for a, _ in rows]),
-                   np.stack([digits(b['answers']) for _, b in rows]), _SCORES[rows[0][0]['metric']])
-            for task, rows in pairs.items()}
+def _matched(*methods):
+    "By task: labels (N,), answers of each method (methods, seeds, N) where all were run, and the score"
+    found = [{(c['task'], c['seed']): c['result'] for c in cells} for cells in methods]
+    groups = {}
+    for task, seed in found[0]:
+        if all((task, seed) in f for f in found):
+            groups.setdefault(task, []).append([f[task, seed] for f in found])
+    def digits(found): return np.array([int(x) for x in found] if isinstance(found, str) else found)
+    return {task: (digits(runs[0][0]['labels']), np.stack([[digits(r['answers']) for r in run] for run in runs], 1),
+                   _SCORES[runs[0][0]['metric']]) for task, runs in groups.items()}
 
 def _again(draw, n):
     "n of n, with replacement"
     return draw.integers(0, n, n)
 
-def _delta(labels, a, b, score, seeds, rows):
-    "Mean difference in points over the chosen seeds and rows"
-    labels = labels[rows]
-    return 100 * (score(labels, a[np.ix_(seeds, rows)]) - score(labels, b[np.ix_(seeds, rows)])).mean()
+def _points(labels, answers, score, seeds, rows):
+    "Points of each method over the chosen seeds and rows, (methods,)"
+    return 100 * score(labels[rows], answers[:, seeds][:, :, rows]).mean(-1)
+
+def _bootstrap(groups, draws, seed):
+    "Points of each method, the mean over tasks: as they are (methods,), and drawn again (draws, methods)"
+    draw, size = np.random.default_rng(seed), {task: g[1].shape[1:] for task, g in groups.items()}
+    whole = np.mean([_points(*g, *map(range, size[task])) for task, g in groups.items()], 0)
+    drawn = [np.mean([_points(*g, *(_again(draw, n) for n in size[task])) for task, g in groups.items()], 0)
+             for _ in range(draws)]
+    return whole, np.array(drawn)
 
 # %% ../nbs/42_runner.ipynb #2fdb855e
 def paired_difference(
@@ -276,16 +282,51 @@ def paired_difference(
     seed: int = 0,           # Seed of the draws
 ) -> Difference:
     "Compare two methods over the tasks and seeds that both were run on"
-    pairs, draw = _paired(ours, theirs), np.random.default_rng(seed)
-    if not pairs:
+    groups = _matched(ours, theirs)
+    if not groups:
         raise ValueError("`ours` and `theirs` share no task and seed")
-    whole = [_delta(*pair, range(len(pair[1])), range(len(pair[0]))) for pair in pairs.values()]
-    deltas = []
-    for _ in range(draws):
-        deltas.append(np.mean([_delta(*p, _again(draw, len(p[1])), _again(draw, len(p[0]))) for p in pairs.values()]))
-    low, high = np.percentile(deltas, [2.5, 97.5])
-    n = sum(len(p[1]) for p in pairs.values())
-    return Difference(float(np.mean(whole)), float(low), float(high), tuple(pairs), n)
+    whole, drawn = _bootstrap(groups, draws, seed)
+    low, high = np.percentile(drawn[:, 0] - drawn[:, 1], [2.5, 97.5])
+    n = sum(g[1].shape[1] for g in groups.values())
+    return Difference(float(whole[0] - whole[1]), float(low), float(high), tuple(groups), n)
+
+# %% ../nbs/42_runner.ipynb #bd248834
+@dataclass(frozen=True)
+class Recovery:
+    "Share of a loss that was won back, with the middle 95 % of its bootstrap"
+    share: float              # 1: all of it
+    low: float                # 2.5 % of the bootstrap lie below
+    high: float               # 2.5 % lie above
+    lost: float               # Points that were lost, the mean over tasks and seeds
+    error: float              # Standard error of `lost`, by the bootstrap
+    won: float                # Points that came back
+    tasks: tuple[str, ...]    # Tasks that all three were run on
+    runs: int                 # Tasks times seeds
+
+    def __repr__(self):
+        return (f'{self.won:+.1f} of {self.lost:.1f} ± {self.error:.1f} points, {self.share:.0%} [{self.low:.0%}, '
+                f'{self.high:.0%}] ({self.runs} runs, {", ".join(self.tasks)})')
+
+# %% ../nbs/42_runner.ipynb #dbcc0874
+def recovered_share(
+    whole: Sequence[dict],    # Cells of the model before, from `read_cells`
+    damaged: Sequence[dict],  # Cells of the model that lost something
+    mended: Sequence[dict],   # Cells of the model that won it back
+    draws: int = 2000,        # Bootstrap draws
+    seed: int = 0,            # Seed of the draws
+) -> Recovery:
+    "Say how much of a loss was won back, over the tasks and seeds that all three were run on"
+    groups = _matched(whole, damaged, mended)
+    if not groups:
+        raise ValueError("`whole`, `damaged` and `mended` share no task and seed")
+    points, drawn = _bootstrap(groups, draws, seed)
+    (lost, won), (losses, gains) = ((p[..., 0] - p[..., 1], p[..., 2] - p[..., 1]) for p in (points, drawn))
+    if lost <= 0:
+        raise ValueError(f"`damaged` lost nothing: {-lost:.2f} points above `whole`")
+    low, high = np.nanpercentile(gains / np.where(losses == 0, np.nan, losses), [2.5, 97.5])
+    n = sum(g[1].shape[1] for g in groups.values())
+    return Recovery(float(won / lost), float(low), float(high), float(lost), float(losses.std()), float(won),
+                    tuple(groups), n)
 
 # %% ../nbs/42_runner.ipynb #f1627a73
 def score_table(
