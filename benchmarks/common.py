@@ -1,7 +1,5 @@
 "What the benchmarks share: clocks, options, calls in turns, and the file that holds the figures"
 import argparse
-import json
-import os
 import shlex
 import sys
 import time
@@ -10,6 +8,7 @@ from pathlib import Path
 import torch
 
 from tpa_nb.hardware import _in_turns
+from tpa_nb.profile import _write_json
 
 CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 
@@ -64,9 +63,7 @@ def in_turns(calls, repeats, warmup, clock, inner=1, sync=lambda: None):
 
 
 def write(found, path):
-    "Write the figures, whole or not at all; nothing where no file was asked for"
+    "Write the figures; nothing where no file was asked for"
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix('.part')
-        part.write_text(json.dumps(found, indent=1) + '\n')
-        os.replace(part, path)
+        _write_json(path, found)

@@ -139,13 +139,13 @@ def test_the_plan_for_gpus_takes_part():
 
 
 def test_a_failure_leaves_no_half_written_file(quick, tmp_path, monkeypatch):
-    real, written = bench._write, []
+    real, written = bench._write_json, []
 
-    def full(found, folder):
+    def full(path, found):
         if written:
             raise OSError('No space left on device')
-        written.append(real(found, folder))
-    monkeypatch.setattr(bench, '_write', full)
+        written.append(real(path, found))
+    monkeypatch.setattr(bench, '_write_json', full)
     with pytest.raises(OSError, match='No space'):
         run_bench(tmp_path, 32, 64, '4,8', tokens='4', repeats=1, device='cpu', say=lambda line: None)
     assert [p.name for p in tmp_path.iterdir()] == ['bench.json']

@@ -8,9 +8,7 @@ __all__ = ['T5_SIZES', 'bench_experts', 'break_even', 'plot_break_even', 'plot_r
 
 # %% ../nbs/25_bench.ipynb #2dec85a3
 import dataclasses
-import json
 import math
-import os
 import shlex
 import statistics
 import time
@@ -30,7 +28,7 @@ from torch.nn import functional as F
 
 from .experts import Experts, choose_plan, plans
 from .hardware import _STYLE, Machine, _middle_half, machine_peak
-from .profile import _check_count, _wait_for, provenance
+from .profile import _check_count, _wait_for, _write_json, provenance
 from .save import _is_known
 
 # %% ../nbs/25_bench.ipynb #9f5c5dcc
@@ -648,15 +646,6 @@ def _command(given):
             words += [f'--{name}'] + ([] if value is True else [str(value)])
     return shlex.join(words)
 
-def _write(found, folder):
-    "Write the figures, whole or not at all"
-    part = folder / f'bench.json.{os.getpid()}.part'
-    try:
-        part.write_text(json.dumps(found, indent=1) + '\n')
-        os.replace(part, folder / 'bench.json')
-    finally:
-        part.unlink(missing_ok=True)
-
 def _main_name(rows):
     "What break-even is about: `auto`, or what was asked for in its place"
     measured = [*rows[0]['ratios'], *rows[0]['left_out']]
@@ -682,7 +671,7 @@ def _sweep(found, folder, layer, dtypes, sizes, size_options, settings, say):
     def keep(rows):
         def one(row):
             rows.append(row)
-            _write(found, folder)
+            _write_json(folder / 'bench.json', found)
             say(_line(row))
         return one
     clock = time.process_time if settings['clock'] == 'cpu' else time.perf_counter
@@ -702,7 +691,7 @@ def _finish(found, folder, say):
     if found['sizes']:
         found['fits'] = {kind: {name: {**vars(fit), 'r': None if math.isnan(fit.r) else fit.r}
                                 for name, fit in _fits(found['sizes'], kind).items()} for kind in ('ms', 'ratios')}
-    _write(found, folder)
+    _write_json(folder / 'bench.json', found)
     shown = ['dtype', 'gated', 'n_experts', 'expert_size', 'k', 'from tokens', 'best ratio', 'at tokens']
     say(f'\nFrom how many tokens on experts pay, run by {name} (None: at no size that was measured)')
     say(table[shown].to_string(index=False))

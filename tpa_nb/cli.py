@@ -174,7 +174,7 @@ def _scores(model, task, warm_up_epochs, calibration, normalize, seed):
 # %% ../nbs/41_cli.ipynb #876e3668
 def _importance_file(path, asked, measure):
     "The content of `path`, measured unless it is there from the same question"
-    from tpa_nb.compress import _write_json
+    from tpa_nb.profile import _write_json
     if path.exists():
         found = json.loads(path.read_text())
         if found['asked'] != asked:
@@ -285,8 +285,7 @@ def tpa_profile(
         arch, profile, parts = _profile_of(model, found, batch_size, seq_len, repeats, training, dtype)
         _say_profile(arch, profile, parts)
         if output:
-            from tpa_nb.compress import _write_json
-            from tpa_nb.profile import provenance
+            from tpa_nb.profile import _write_json, provenance
             _write_json(Path(output), {
                 'model': str(model), 'profile': profile.as_dict(), 'flops': parts['flops'],
                 'memory': {k: v.as_dict() for k, v in parts['memory'].items()},

@@ -9,7 +9,6 @@ __all__ = ['RIVALS', 'variants', 'Result', 'compress', 'plan_compress']
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from .arch import Arch
 from .importance import plot_importance
 from .lora import add_lora, merge_lora
 from .methods import UNTRAINED, _say, _wants_full_teacher, check_recipe
-from .profile import Profile, compare, profile_models, provenance
+from .profile import Profile, _write_json, compare, profile_models, provenance
 from .recipe import Recipe, recipe_methods
 from .report import Section, definitions_html, figure_html, plot_curves, plot_structure, plot_tradeoff
 from .report import render_report, steps_html, table_html, write_report
@@ -86,15 +85,6 @@ def _as_tensor(rows):
     return None if rows is None else torch.tensor([[float('nan') if x is None else x for x in row] for row in rows])
 
 # %% ../nbs/40_compress.ipynb #1e5e4f9c
-def _write_json(path, value):
-    "Write `value` whole or not at all"
-    tmp = path.with_name(f'{path.name}.tmp-{os.getpid()}')
-    try:
-        tmp.write_text(json.dumps(value, indent=1))
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
 def _train_variant(title, recipe, arch, task, folder, progress):
     "Carry out one recipe and keep what it leaves in `folder`"
     began = time.perf_counter()

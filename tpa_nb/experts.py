@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 import tpa_nb.ffn  # `FFN.act`
 from .arch import FFN
 from .hardware import _in_turns
-from .profile import _wait_for, provenance
+from .profile import _wait_for, _write_json, provenance
 from .save import _is_known
 
 # %% ../nbs/20_experts.ipynb #ecffde20
@@ -687,7 +687,7 @@ def calibrate_plans(
                       plans=_time_plans(ex, n, share, repeats)) for n in tokens]
     path = Path(path) if path else _cache() / 'plans.json'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({'rows': rows, 'provenance': dict(provenance())}, indent=1) + '\n')
+    _write_json(path, {'rows': rows, 'provenance': dict(provenance())})
     _table[:] = rows
     _order.cache_clear()
     return rows

@@ -7,6 +7,7 @@ __all__ = ['count_params', 'register_flops', 'flops_by_part', 'count_flops', 'La
            'provenance', 'Profile', 'profile_model', 'profile_models', 'compare']
 
 # %% ../nbs/07_profile.ipynb #ec7a6796
+import json
 import math
 import os
 import platform
@@ -348,6 +349,15 @@ def provenance() -> dict[str, str | int | None]:  # JSON-able; printed, it is on
                        python=platform.python_version(), torch=torch.__version__,
                        transformers=transformers.__version__, peft=peft.__version__, tpa_nb=tpa_nb.__version__,
                        date=date.today().isoformat(), commit=_commit())
+
+def _write_json(path, value):
+    "Write `value` whole or not at all"
+    tmp = path.with_name(f'{path.name}.tmp-{os.getpid()}')
+    try:
+        tmp.write_text(json.dumps(value, indent=1) + '\n')
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 # %% ../nbs/07_profile.ipynb #9335df6b
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ import pandas as pd
 import torch
 
 # %% ../nbs/42_runner.ipynb #c80f2f7a
-from .compress import _write_json
-from .profile import provenance
+from .profile import _write_json, provenance
 
 # %% ../nbs/42_runner.ipynb #280a5c39
 @dataclass(frozen=True)
