@@ -277,7 +277,7 @@ def _by_pairs(engine, experts, x, chosen):
     h = up(experts.up, experts.up_bias)
     h = experts.act(h) if experts.gate is None else experts.act(up(experts.gate, experts.gate_bias)) * h
     out = _Scatter.apply(h.contiguous(), experts.down, tokens, ends, len(x), engine)
-    return out if experts.bias is None else out + experts.bias
+    return (out if experts.bias is None else out + experts.bias).to(x.dtype)
 
 # %% ../nbs/20_experts.ipynb #bf1299e1
 def _grouped_gather(x, w, b, tokens, ends):
@@ -321,16 +321,31 @@ typedef int64_t idx;
 '''
 
 # %% ../nbs/20_experts.ipynb #6a0a1aa6
-_GATHER = r'''
+_TYPES = r'''
 #define VL (BYTES / (idx)sizeof(real))
 typedef real vec_real __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
-INLINE void gather_tile_real(const int m, const int n, const real *const *x, const real *w, const real *b, real *h,
+'''
+_LOADS = {'plain': r'''
+INLINE vec_real wide_real(const cell *w) { return *(const vec_real *)w; }
+INLINE real one_real(const cell *w) { return *w; }
+''', 'half': r'''
+typedef cell cells_real __attribute__((vector_size(BYTES / 2), aligned(sizeof(cell)), may_alias));
+typedef uint32_t bits_real __attribute__((vector_size(BYTES)));
+INLINE vec_real wide_real(const cell *w) { /* the upper half of a float is a bfloat16 */
+  return (vec_real)(__builtin_convertvector(*(const cells_real *)w, bits_real) << 16);
+}
+INLINE real one_real(const cell *w) { union { uint32_t bits; real value; } v = {(uint32_t)*w << 16}; return v.value; }
+'''}
+
+# %% ../nbs/20_experts.ipynb #2d3c4e63
+_GATHER = r'''
+INLINE void gather_tile_real(const int m, const int n, const real *const *x, const cell *w, const real *b, real *h,
                              idx ld, idx D) {  /* m tokens, n neurons, h[i][j] = x[i] . w[j] + b[j] */
   vec_real sum[ROWS][COLS] = {};
   idx d = 0;
   for (; d + VL <= D; d += VL) {
     vec_real v[COLS];
-    for (int j = 0; j < n; j++) v[j] = *(const vec_real *)(w + j * D + d);
+    for (int j = 0; j < n; j++) v[j] = wide_real(w + j * D + d);
     for (int i = 0; i < m; i++) {
       vec_real u = *(const vec_real *)(x[i] + d);
       for (int j = 0; j < n; j++) sum[i][j] += u * v[j];
@@ -341,20 +356,20 @@ INLINE void gather_tile_real(const int m, const int n, const real *const *x, con
       real part[VL], rest = b ? b[j] : 0;
       *(vec_real *)part = sum[i][j];
       for (idx half = VL / 2; half; half /= 2) for (idx c = 0; c < half; c++) part[c] += part[c + half];
-      for (idx c = d; c < D; c++) rest += x[i][c] * w[j * D + c];
+      for (idx c = d; c < D; c++) rest += x[i][c] * one_real(w + j * D + c);
       h[i * ld + j] = part[0] + rest;
     }
 }
-INLINE void gather_rows_real(const int m, const real *const *x, const real *w, const real *b, real *h, idx n, idx D) {
+INLINE void gather_rows_real(const int m, const real *const *x, const cell *w, const real *b, real *h, idx n, idx D) {
   idx j = 0;
   for (; j + COLS <= n; j += COLS) gather_tile_real(m, COLS, x, w + j * D, b ? b + j : 0, h + j, n, D);
   for (; j < n; j++) gather_tile_real(m, 1, x, w + j * D, b ? b + j : 0, h + j, n, D);
 }
 '''
 
-# %% ../nbs/20_experts.ipynb #2d3c4e63
+# %% ../nbs/20_experts.ipynb #5b885edf
 _GATHER += r'''
-void gather_real(const real *x, const real *w, const real *b, const idx *tokens, const idx *ends, idx E, real *h,
+void gather_real(const real *x, const cell *w, const real *b, const idx *tokens, const idx *ends, idx E, real *h,
                  idx n, idx D, idx from, idx to) {  /* the pairs from..to */
   idx p = from;
   for (idx e = 0; e < E && p < to; e++)
@@ -370,28 +385,28 @@ void gather_real(const real *x, const real *w, const real *b, const idx *tokens,
 }
 '''
 
-# %% ../nbs/20_experts.ipynb #5b885edf
+# %% ../nbs/20_experts.ipynb #6814930b
 _SCATTER = r'''
-INLINE void scatter_tile_real(const int m, const int k, const real *h, const real *w, real *const *y, idx n, idx D) {
+INLINE void scatter_tile_real(const int m, const int k, const real *h, const cell *w, real *const *y, idx n, idx D) {
   vec_real sum[ROWS][COLS];                /* m tokens, k vectors of columns, y[i] += sum over j of h[i][j] w[j] */
   for (int i = 0; i < m; i++) for (int c = 0; c < k; c++) sum[i][c] = *(const vec_real *)(y[i] + c * VL);
   for (idx j = 0; j < n; j++) {
     vec_real v[COLS];
-    for (int c = 0; c < k; c++) v[c] = *(const vec_real *)(w + j * D + c * VL);
+    for (int c = 0; c < k; c++) v[c] = wide_real(w + j * D + c * VL);
     for (int i = 0; i < m; i++) for (int c = 0; c < k; c++) sum[i][c] += h[i * n + j] * v[c];
   }
   for (int i = 0; i < m; i++) for (int c = 0; c < k; c++) *(vec_real *)(y[i] + c * VL) = sum[i][c];
 }
-INLINE void scatter_rest_real(const int m, const int k, const real *h, const real *w, real *const *y, idx n, idx D) {
+INLINE void scatter_rest_real(const int m, const int k, const real *h, const cell *w, real *const *y, idx n, idx D) {
   for (int i = 0; i < m; i++)
     for (idx j = 0; j < n; j++)
-      for (idx c = 0; c < k; c++) y[i][c] += h[i * n + j] * w[j * D + c];
+      for (idx c = 0; c < k; c++) y[i][c] += h[i * n + j] * one_real(w + j * D + c);
 }
 '''
 
-# %% ../nbs/20_experts.ipynb #6814930b
+# %% ../nbs/20_experts.ipynb #55771cbd
 _SCATTER += r'''
-void scatter_real(const real *h, const real *w, const idx *tokens, const idx *ends, idx E, real *y, idx n, idx D,
+void scatter_real(const real *h, const cell *w, const idx *tokens, const idx *ends, idx E, real *y, idx n, idx D,
                   idx from, idx to) {  /* the columns from..to */
   for (idx e = 0; e < E; e++)
     for (idx c = from, width; c < to; c += width) {
@@ -399,7 +414,8 @@ void scatter_real(const real *h, const real *w, const idx *tokens, const idx *en
       for (idx p = e ? ends[e - 1] : 0; p < ends[e]; p += ROWS) {
         int m = LESS(ends[e] - p, ROWS);
         real *y_of[ROWS];
-        const real *hp = h + p * n, *wc = w + e * n * D + c;
+        const real *hp = h + p * n;
+        const cell *wc = w + e * n * D + c;
         for (int i = 0; i < m; i++) y_of[i] = y + tokens[p + i] * D + c;
 #define WIDE(m) scatter_tile_real(m, COLS, hp, wc, y_of, n, D)
 #define ONE(m) scatter_tile_real(m, 1, hp, wc, y_of, n, D)
@@ -415,10 +431,15 @@ void scatter_real(const real *h, const real *w, const idx *tokens, const idx *en
 '''
 
 # %% ../nbs/20_experts.ipynb #502bc4f1
+_KINDS = {'float': ('float', 'float', 'plain'), 'double': ('double', 'double', 'plain'),  # sums, weights, and how
+          'bfloat16': ('float', 'uint16_t', 'half')}                                       # weights are read
+
 def _source():
-    "The C code, for float and for double"
-    body = _GATHER + _SCATTER
-    kinds = [re.sub(r'\breal\b', kind, body).replace('_real', f'_{kind}') for kind in ('float', 'double')]
+    "The C code, for each kind"
+    kinds = []
+    for kind, (real, cell, loads) in _KINDS.items():
+        body = re.sub(r'\breal\b', real, _TYPES + _LOADS[loads] + _GATHER + _SCATTER)
+        kinds.append(re.sub(r'\bcell\b', cell, body).replace('_real', f'_{kind}'))
     return _HEADER + ''.join(kinds)
 
 def _cache() -> Path:
@@ -453,7 +474,7 @@ def _compile(compiler, folder):
 def _load(path):
     "The compiled library, with the types of its arguments"
     library, p, i = ctypes.CDLL(str(path)), ctypes.c_void_p, ctypes.c_int64
-    for kind in ('float', 'double'):
+    for kind in _KINDS:
         getattr(library, f'gather_{kind}').argtypes = [p, p, p, p, p, i, p, i, i, i, i]
         getattr(library, f'scatter_{kind}').argtypes = [p, p, p, p, i, p, i, i, i, i]
     return library
@@ -489,20 +510,21 @@ def _shared_out(call, n, unit, work):
         other.result()
 
 # %% ../nbs/20_experts.ipynb #05f7b3fa
-_C_NAMES = {torch.float32: 'float', torch.float64: 'double'}
+_C_NAMES = {torch.float32: 'float', torch.float64: 'double', torch.bfloat16: 'bfloat16'}
 
 def _compiled_gather(x, w, b, tokens, ends):
-    "The gathering product, compiled"
+    "The gathering product, compiled; of weights in bfloat16 in float32"
+    x, b = (t if t is None or w.dtype != torch.bfloat16 else t.float() for t in (x, b))
     (E, n, D), h = w.shape, x.new_empty(len(tokens), w.shape[1])
-    run = getattr(_kernel(), f'gather_{_C_NAMES[x.dtype]}')
+    run = getattr(_kernel(), f'gather_{_C_NAMES[w.dtype]}')
     where = [t if t is None else t.data_ptr() for t in (x, w, b, tokens, ends)]
     _shared_out(lambda a, z: run(*where, E, h.data_ptr(), n, D, a, z), len(tokens), 6, len(tokens) * n * D)
     return h
 
 def _compiled_scatter(h, w, tokens, ends, n_tokens):
-    "The scattering product, compiled"
+    "The scattering product, compiled; `h` is as `_compiled_gather` gives it"
     (E, n, D), out = w.shape, h.new_zeros(n_tokens, w.shape[2])
-    run = getattr(_kernel(), f'scatter_{_C_NAMES[h.dtype]}')
+    run = getattr(_kernel(), f'scatter_{_C_NAMES[w.dtype]}')
     where = [t.data_ptr() for t in (h, w, tokens, ends)]
     _shared_out(lambda a, z: run(*where, E, out.data_ptr(), n, D, a, z), D, 64, len(tokens) * n * D)
     return out
@@ -524,7 +546,7 @@ def _mixed(experts, x):
 
 def _no_grouped(experts, x):
     "Why `grouped_mm` cannot be used"
-    narrow = min(experts.expert_size, experts.d_model) * x.element_size() % 16
+    narrow = any(size * x.element_size() % 16 for size in (experts.expert_size, experts.d_model))
     if not hasattr(F, 'grouped_mm') or x.device.type != 'cpu' or x.dtype == torch.float64:
         return f'torch {torch.__version__} has no grouped product for {x.dtype} on {x.device.type}'
     return 'the rows of weights are no multiples of 16 bytes' if narrow else _mixed(experts, x)
@@ -532,9 +554,13 @@ def _no_grouped(experts, x):
 def _no_compiled(experts, x):
     "Why the compiled products cannot be used"
     if x.device.type != 'cpu' or x.dtype not in _C_NAMES:
-        return f'it is for float32 and float64 on a CPU, not for {x.dtype} on {x.device.type}'
-    if not all(p.is_contiguous() for p in experts.parameters(recurse=False)):
+        return f'it is for float32, float64 and bfloat16 on a CPU, not for {x.dtype} on {x.device.type}'
+    weights = list(experts.parameters(recurse=False))
+    if not all(p.is_contiguous() for p in weights):
         return 'the weights are not contiguous'
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+    if x.dtype == torch.bfloat16 and learns:
+        return 'it has no gradients in bfloat16'
     return _mixed(experts, x) or ('' if _kernel() else 'there is no C compiler, or TPA_COMPILE=0 forbids it')
 
 plans: dict[str, _Plan] = {
@@ -551,10 +577,11 @@ _MEASURED = {  # (tokens, neurons of an expert): time by plan, as share of the d
                 (8, 128): (1.03, 0.92, 9, 0.73, 0.42), (8, 32): (1.08, 1.7, 9, 0.82, 0.37),
                 (64, 128): (1.02, 0.57, 9, 0.48, 0.26), (64, 32): (1.02, 0.95, 9, 0.55, 0.26),
                 (512, 128): (1.03, 0.37, 9, 0.33, 0.17), (512, 32): (1.02, 0.6, 9, 0.42, 0.18)},
-    'bfloat16': {(1, 128): (1.3, 0.9, 0.66, 0.7), (1, 32): (1.35, 3.5, 2.5, 2.8),
-                 (8, 128): (1.3, 3.5, 9, 2.7), (8, 32): (1.3, 10, 9, 6.5),
-                 (64, 128): (1.15, 1.9, 9, 1.45), (64, 32): (1.15, 6, 9, 3.3),
-                 (512, 128): (1.08, 0.73, 9, 0.55), (512, 32): (1.08, 1.9, 9, 1.27)}}
+    'bfloat16': {(1, 128): (1.4, 1.4, 0.9, 1.0, 0.32), (1, 32): (1.3, 3.5, 2.1, 1.9, 0.27),
+                 (8, 128): (1.4, 3.5, 9, 2.0, 0.9), (8, 32): (1.3, 9, 9, 4.3, 0.78),
+                 (64, 128): (1.1, 1.5, 9, 1.0, 0.7), (64, 32): (1.1, 3.8, 9, 2.1, 0.69),
+                 (512, 128): (1.04, 0.5, 9, 0.41, 0.65), (512, 32): (1.05, 1.3, 9, 0.92, 0.68),
+                 (2048, 128): (1.05, 0.32, 9, 0.37, 0.6), (2048, 32): (1.03, 0.66, 9, 0.82, 0.63)}}
 _DEFAULTS = [dict(device='cpu', dtype=dtype, tokens=tokens, expert_size=size, share=0.2, plans=dict(zip(_NAMES, times)))
              for dtype, found in _MEASURED.items() for (tokens, size), times in found.items()]
 
