@@ -62,7 +62,7 @@ def _choose(scores, ratio, scope, pattern):
     "Entries to zero, by module name"
     if pattern == '2:4':
         return {name: _two_of_four(score) for name, score in scores.items()}
-    groups = [list(scores)] if scope == 'global' else [[name] for name in scores]
+    groups = [[name] for name in scores] if scope == 'matrix' or not scores else [list(scores)]
     found = {}
     for names in groups:
         part = [scores[n] for n in names]
