@@ -26,7 +26,7 @@ from small_t5 import PREFIX, asked_in_words, small_t5
 from tpa_nb.arch import Arch
 from tpa_nb.distill import distill
 from tpa_nb.lora import add_lora, merge_lora
-from tpa_nb.lora_expert import add_lora_expert, fold_lora_expert
+from tpa_nb.lora_expert import add_lora_expert, fit_lora_expert, fold_lora_expert
 from tpa_nb.moe import moefy, moes, set_router
 from tpa_nb.profile import count_flops, count_params
 from tpa_nb.router import OracleRouter, activation_sparsity, fit_routers, relufy, set_dynamic_k
@@ -44,7 +44,9 @@ RATES = {'expert': (2e-3, 1e-3, 4e-3), 'attention': (1e-3, 5e-4, 2e-3), 'full': 
 TUNED = ('sst2', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
 ROUTERS = {'mlp': {}, 'paper': dict(contribution='activation', scale='batch'),  # settings of `fit_routers`
            'centroid': dict(router='centroid'), 'hash': dict(router='hash')}
-GRID = ('dense', 'mlp', 'mlp+expert', 'mlp+distilled', 'oracle-activation', 'oracle-distance', 'paper', 'paper+expert',
+EXPERT_WAYS = ('expert', 'fitted', 'fitted-expert', 'distilled')  # trained by labels; fitted to what is left out; both;
+#                                                                   trained with the dense model as its teacher
+GRID = ('dense', 'mlp', 'mlp+expert', 'mlp+fitted', 'mlp+fitted-expert', 'mlp+distilled', 'oracle-activation', 'oracle-distance', 'paper', 'paper+expert',
         'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'dynamic', 'dynamic+expert')
 SWEEPS = [
     *((way, dict(k=k)) for k in (5, 14, 24) for way in ('mlp', 'oracle-distance', 'dynamic')),
@@ -72,7 +74,7 @@ def sweep_grid(tasks, seeds):
 @lru_cache
 def best_rate(way):
     "The learning rate with the best mean score on slices of the training rows"
-    way = 'expert' if way == 'distilled' else way
+    way = 'expert' if way in EXPERT_WAYS else way
     tried = [setting(lr=lr) for lr in RATES[way]]
     return choices(best_setting(read_cells(FOLDER), f'tune-{way}', tried, TUNED))['lr']
 
@@ -136,10 +138,12 @@ def model_of(way, task, seed, asked, cache):
 
 
 def recover(arch, task, way, lr, r, seed, cache):
-    "Train what `way` lets train, and fold it in; 'distilled' is a LoRA expert that learns from the dense model"
+    "Train what `way` lets train, and fold it in"
     epochs, trained_on = RECOVERY * epochs_of(task), at_most(task, ROWS)
-    if way in ('expert', 'distilled'):
+    if way in EXPERT_WAYS:
         add_lora_expert(arch, r=r, seed=seed)
+    if way in ('fitted', 'fitted-expert'):
+        fit_lora_expert(arch, calibration(task, seed), seed=seed)
     if way == 'attention':
         add_lora(arch, r=8, seed=seed)
     if way == 'full':
@@ -148,9 +152,9 @@ def recover(arch, task, way, lr, r, seed, cache):
     settings = dict(lr=lr, seed=seed + 2000, mixed_precision='bf16')
     if way == 'distilled':
         distill(arch, dense_model(task, seed, cache), trained_on, epochs, **settings)
-    else:
+    elif way != 'fitted':
         finetune(arch, trained_on, epochs, **settings)
-    if way in ('expert', 'distilled'):
+    if way in EXPERT_WAYS:
         fold_lora_expert(arch)
     if way == 'attention':
         merge_lora(arch)
