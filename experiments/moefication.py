@@ -27,7 +27,7 @@ from tpa_nb.arch import Arch
 from tpa_nb.distill import distill
 from tpa_nb.lora import add_lora, merge_lora
 from tpa_nb.lora_expert import add_lora_expert, fit_lora_expert, fold_lora_expert
-from tpa_nb.moe import moefy, moes, set_router
+from tpa_nb.moe import expert_usage, moefy, moes, set_router
 from tpa_nb.profile import count_flops, count_params
 from tpa_nb.router import OracleRouter, activation_sparsity, fit_routers, relufy, set_dynamic_k
 from tpa_nb.runner import Cell, best_setting, read_cells, run_script
@@ -40,14 +40,16 @@ ROWS = 9000            # training rows at most, of the larger sets, drawn at ran
 RECOVERY = 0.5         # epochs of every recovery, as a share of the dense model's
 DENSE_LR, T5_LR = 1e-4, 1e-3  # the T5 begins with random weights
 DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32)  # a fifth of the experts; a T5 has as many neurons as a MiniLM
-RATES = {'expert': (2e-3, 1e-3, 4e-3), 'attention': (1e-3, 5e-4, 2e-3), 'full': (5e-5, 2e-5, 1e-4)}
+RATES = {'expert': (2e-3, 1e-3, 4e-3), 'fitted-expert': (3e-4, 1e-3), 'attention': (1e-3, 5e-4, 2e-3),
+         'full': (5e-5, 2e-5, 1e-4)}
 TUNED = ('sst2', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
 ROUTERS = {'mlp': {}, 'paper': dict(contribution='activation', scale='batch'),  # settings of `fit_routers`
            'centroid': dict(router='centroid'), 'hash': dict(router='hash')}
-EXPERT_WAYS = ('expert', 'fitted', 'fitted-expert', 'distilled')  # trained by labels; fitted to what is left out; both;
-#                                                                   trained with the dense model as its teacher
-GRID = ('dense', 'mlp', 'mlp+expert', 'mlp+fitted', 'mlp+fitted-expert', 'mlp+distilled', 'oracle-activation', 'oracle-distance', 'paper', 'paper+expert',
-        'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'dynamic', 'dynamic+expert')
+EXPERT_WAYS = ('expert', 'fitted', 'fitted-expert', 'distilled')  # a LoRA expert trained by labels; fitted to what is
+# left out; fitted, then trained by labels; trained with the dense model as its teacher
+GRID = ('dense', 'mlp', 'mlp+expert', 'mlp+fitted', 'mlp+fitted-expert', 'mlp+distilled', 'oracle-activation',
+        'oracle-distance', 'paper', 'paper+expert', 'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'dynamic',
+        'dynamic+expert')
 SWEEPS = [
     *((way, dict(k=k)) for k in (5, 14, 24) for way in ('mlp', 'oracle-distance', 'dynamic')),
     *((way, dict(experts=E, k=k)) for E, k in ((12, 2), (24, 5), (96, 19)) for way in ('mlp', 'oracle-distance')),
@@ -74,7 +76,7 @@ def sweep_grid(tasks, seeds):
 @lru_cache
 def best_rate(way):
     "The learning rate with the best mean score on slices of the training rows"
-    way = 'expert' if way in EXPERT_WAYS else way
+    way = 'expert' if way == 'distilled' else way
     tried = [setting(lr=lr) for lr in RATES[way]]
     return choices(best_setting(read_cells(FOLDER), f'tune-{way}', tried, TUNED))['lr']
 
@@ -172,11 +174,15 @@ def run(cell, data_dir, cache):
     arch, trainable = model_of(way, task, cell.seed, asked, cache), 0
     if more:
         trainable = recover(arch, task, more, asked.get('lr') or best_rate(more), asked['r'], cell.seed, cache)
+        if way == 'dynamic':  # training has moved the scores
+            set_dynamic_k(arch, calibration(task, cell.seed), asked['k'], seed=cell.seed)
     zeros = activation_sparsity(arch, calibration(task, cell.seed), 4096) if cell.method == 'dense' else None
-    fits = [h for h in arch.history if h['verb'] == 'fit_routers']
+    fits, experts = ([h for h in arch.history if h['verb'] == verb] for verb in ('fit_routers', 'fit_lora_expert'))
     return {**answers(arch, task), 'trainable': trainable, 'params': count_params(arch)['params'],
             'flops': count_flops(arch), 'zeros': zeros, 'router': fits[-1] if fits and way != 'dense' else None,
-            'mean_k': [m.mean_k or m.k for m in moes(arch).values()],
+            'fit': experts[-1] if experts else None,
+            'mean_k': [round(n, 4) for n in expert_usage(arch, task.examples('validation')).mean_k.values()] if moes(arch)
+            else [],
             'steps': steps_of(arch), 'partial': task.partial,
             'rows': {'train': len(task.train), 'validation': len(task.validation)}}
 

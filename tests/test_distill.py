@@ -91,7 +91,7 @@ def test_distilled_cells_get_the_same_steps_and_say_what_the_teacher_cost(prune_
     assert [r.get('teacher_steps') for r in found.values()] == [None, 8, 0]
     assert {tuple(r['kept']) for r in found.values()} == {tuple(found['warm']['kept'])}, 'the same heads are left'
     assert len({tuple(r['loss']) for r in found.values()}) == 3
-    assert sorted(p.name.split('-')[0] for p in (tmp_path / 'whole').iterdir()) == ['mrpc', 'teacher']
+    assert sorted(p.name.split('-')[0] for p in (tmp_path / 'whole').iterdir() if p.is_dir()) == ['mrpc', 'teacher']
 
 
 def test_a_weight_of_zero_is_the_plain_method(prune_lora, tmp_path, monkeypatch):

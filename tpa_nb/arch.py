@@ -56,6 +56,7 @@ class FFNNames:
     down: str                # d_ff to d_model
     gate: str | None = None  # The second projection to d_ff of a gated FFN (SwiGLU and its kin)
     act: str | None = None   # The activation function, a module
+    dropout: str | None = None  # Dropout between activation and down projection, a module, where there is one
 
 # %% ../nbs/00_arch.ipynb #c347720d
 @dataclass(frozen=True)
@@ -466,7 +467,7 @@ def _layers(base, family):
 
 def _names_of(part):
     "Every name in an `AttnNames` or `FFNNames`"
-    fields = ('module', 'q', 'k', 'v', 'o') if isinstance(part, AttnNames) else ('up', 'down', 'gate', 'act')
+    fields = ('module', 'q', 'k', 'v', 'o') if isinstance(part, AttnNames) else ('up', 'down', 'gate', 'act', 'dropout')
     return [getattr(part, f) for f in fields if getattr(part, f)]
 
 def _ffn_names(stack, path, names):

@@ -33,8 +33,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 # %% ../nbs/20_experts.ipynb #74bd017d
-import tpa_nb.ffn  # `FFN.act`
 from .arch import FFN
+from .ffn import _check_whole
 from .hardware import _in_turns
 from .profile import _wait_for, _write_json, provenance
 from .save import _is_known
@@ -68,7 +68,7 @@ class Experts(nn.Module):
         up_bias: torch.Tensor | None = None,    # (E, n)
         gate_bias: torch.Tensor | None = None,  # (E, n)
         bias: torch.Tensor | None = None,       # (D,): bias of the output, added once
-        neurons: torch.Tensor | None = None,    # (E, n): which neuron of the original layer each one is
+        neurons: torch.Tensor | None = None,    # (E, n): position of each one in the layer that was cut up
         plan: str = 'auto',                     # How to run: 'auto', or a name in `plans`
     ):
         super().__init__()
@@ -80,6 +80,7 @@ class Experts(nn.Module):
             neurons = torch.arange(up.shape[0] * up.shape[1]).view(up.shape[:2])
         self.register_buffer('neurons', neurons.to(up.device))
         self.act, self.plan = act, plan
+        self.register_module('dropout', None)  # `FFN.replace` puts the layer's own here, where there is one
 
     @property
     def n_experts(self) -> int: return self.up.shape[0]
@@ -93,6 +94,8 @@ class Experts(nn.Module):
 # %% ../nbs/20_experts.ipynb #2e6a8112
 def _members(labels: torch.Tensor) -> torch.Tensor:
     "Neurons of each expert, (E, n), from the expert of each neuron, (F,)"
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"`labels` must be a tensor of whole numbers, got {type(labels).__name__}")
     if labels.is_floating_point() or labels.dim() not in (1, 2) or not labels.numel() or labels.min() < 0:
         raise ValueError("`labels` must be whole numbers from 0: the expert of each neuron, (F,), or the neurons of "
                          f"each expert, (E, n); got {tuple(labels.shape)} of {labels.dtype}")
@@ -110,6 +113,7 @@ def from_ffn(
     labels: torch.Tensor,   # Expert of each neuron, (F,), or the neurons of each expert, (E, n)
 ) -> Experts:               # With weights of their own
     "Cut the neurons of `ffn` into experts"
+    _check_whole(ffn)
     members = _members(labels)
     if labels.dim() == 1 and len(labels) != ffn.d_ff or members.max() >= ffn.d_ff:
         raise ValueError(f"`labels` {tuple(labels.shape)} do not fit {ffn.name}, which has {ffn.d_ff} neurons")
@@ -136,9 +140,17 @@ def hidden_all(
     return h.view(*x.shape[:-1], self.n_experts, self.expert_size)
 
 # %% ../nbs/20_experts.ipynb #6917d0b2
+def _as_down(experts, t):
+    "`t` in the precision of the down projection, where that is another than the up projection's"
+    return t if experts.down.dtype == experts.up.dtype else t.to(experts.down.dtype)
+
+def _ready(experts, h):
+    "Activations `h` as the down projection gets them"
+    return _as_down(experts, h if experts.dropout is None else experts.dropout(h))
+
 def _down(experts, h):
     "Output for the activations `h` of all neurons, (N, E, n)"
-    h, down = h.flatten(-2), experts.down.flatten(0, 1)
+    h, down = _ready(experts, h).flatten(-2), experts.down.flatten(0, 1)
     return h @ down if experts.bias is None else torch.addmm(experts.bias, h, down)
 
 @patch
@@ -179,12 +191,12 @@ def output(
     e: int,           # An expert
 ) -> torch.Tensor:    # (N, D)
     "What expert `e` adds to the output"
-    return self.hidden(x, e) @ self.down[e]
+    return _ready(self, self.hidden(x, e)) @ self.down[e]
 
 def _loop(experts, x, chosen):
     "One expert after the other, on its tokens"
     tokens, counts = chosen.T.nonzero()[:, 1], chosen.sum(0).tolist()
-    out = x.new_zeros(len(x), experts.d_model)
+    out = _as_down(experts, x.new_zeros(len(x), experts.d_model))
     for e, rows in enumerate(tokens.split(counts)):
         if len(rows):
             out.index_add_(0, rows, experts.output(x[rows], e).to(out.dtype))
@@ -204,7 +216,7 @@ def _token(experts, x, chosen):
     for row, picked in zip(x.split(1), chosen):
         y = first
         for part in _runs(picked.nonzero().flatten().tolist()):
-            y = torch.addmm(y, _hidden(experts, row, part), experts.down[part].flatten(0, 1))
+            y = torch.addmm(y, _ready(experts, _hidden(experts, row, part)), experts.down[part].flatten(0, 1))
         out.append(y)
     return torch.cat(out) if out else x.new_zeros(0, experts.d_model)
 
@@ -276,7 +288,7 @@ def _by_pairs(engine, experts, x, chosen):
     def up(w, b): return _Gather.apply(x, w, b, tokens, ends, engine)
     h = up(experts.up, experts.up_bias)
     h = experts.act(h) if experts.gate is None else experts.act(up(experts.gate, experts.gate_bias)) * h
-    out = _Scatter.apply(h.contiguous(), experts.down, tokens, ends, len(x), engine)
+    out = _Scatter.apply(_ready(experts, h).contiguous(), experts.down, tokens, ends, len(x), engine)
     return (out if experts.bias is None else out + experts.bias).to(x.dtype)
 
 # %% ../nbs/20_experts.ipynb #bf1299e1
@@ -537,12 +549,22 @@ class _Plan:
     "One way to run experts"
     run: Callable           # (experts, x, chosen) to (N, D)
     why_not: Callable       # (experts, x) to the reason why it cannot run, '' if it can
+    drops: bool = False     # Does it apply the layer's dropout?
 
+    def refuses(self, experts, x):
+        "The reason why it cannot run now, '' if it can"
+        drop = experts.dropout
+        if drop is not None and drop.training and drop.p > 0 and not self.drops:
+            return 'it cannot apply the dropout that this layer has in training'
+        return self.why_not(experts, x)
+
+# %% ../nbs/20_experts.ipynb #82f78530
 def _mixed(experts, x):
     "Do input and weights differ in precision, or may torch change it?"
     if torch.is_autocast_enabled(x.device.type):
         return 'autocast chooses the precision'
-    return '' if x.dtype == experts.up.dtype else f'the input is {x.dtype}, the weights are {experts.up.dtype}'
+    weights = {str(w.dtype) for w in (experts.up, experts.down)}
+    return '' if weights == {str(x.dtype)} else f"the input is {x.dtype}, the weights are {', '.join(sorted(weights))}"
 
 def _no_grouped(experts, x):
     "Why `grouped_mm` cannot be used"
@@ -564,11 +586,12 @@ def _no_compiled(experts, x):
     return _mixed(experts, x) or ('' if _kernel() else 'there is no C compiler, or TPA_COMPILE=0 forbids it')
 
 plans: dict[str, _Plan] = {
-    'masked': _Plan(_masked, lambda experts, x: ''),
-    'loop': _Plan(_loop, lambda experts, x: ''),
-    'token': _Plan(_token, lambda experts, x: _mixed(experts, x) or 'it is for 4 tokens at most' * (len(x) > 4)),
-    'grouped': _Plan(lambda *args: _by_pairs(_GROUPED, *args), _no_grouped),
-    'compiled': _Plan(lambda *args: _by_pairs(_COMPILED, *args), _no_compiled)}
+    'masked': _Plan(_masked, lambda experts, x: '', drops=True),
+    'loop': _Plan(_loop, lambda experts, x: '', drops=True),
+    'token': _Plan(_token, lambda experts, x: _mixed(experts, x) or 'it is for 4 tokens at most' * (len(x) > 4),
+                   drops=True),
+    'grouped': _Plan(lambda *args: _by_pairs(_GROUPED, *args), _no_grouped, drops=True),
+    'compiled': _Plan(lambda *args: _by_pairs(_COMPILED, *args), _no_compiled, drops=True)}
 
 # %% ../nbs/20_experts.ipynb #1f1ff325
 _NAMES = 'masked', 'loop', 'token', 'grouped', 'compiled'
@@ -637,7 +660,7 @@ def choose_plan(
     share = chosen.sum().item() / chosen.numel() if x.device.type == 'cpu' else 0.2  # no wait for another device
     tokens = 2 ** round(math.log2(len(x)))
     order = _order(x.device.type, str(x.dtype).removeprefix('torch.'), tokens, experts.expert_size, round(share, 2))
-    return next((name for name in order if not plans[name].why_not(experts, x)), 'masked')
+    return next((name for name in order if not plans[name].refuses(experts, x)), 'masked')
 
 # %% ../nbs/20_experts.ipynb #6e78caa7
 def _check_call(experts, x, chosen):
@@ -664,7 +687,7 @@ def forward(
     name = choose_plan(self, x, chosen) if self.plan == 'auto' else self.plan
     if not _is_known(name, plans):
         raise ValueError(f"`plan` must be 'auto' or one of {', '.join(plans)}, got {name!r}")
-    reason = plans[name].why_not(self, x)
+    reason = plans[name].refuses(self, x)
     if reason:
         raise ValueError(f"`plan` {name!r} cannot run here: {reason}; use 'auto'")
     return plans[name].run(self, x, chosen)

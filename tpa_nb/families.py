@@ -119,8 +119,9 @@ def _t5_attn(module, kind='self'):
 
 def _t5_ffn(module):
     "Names of T5's feed-forward part, plain and gated"
-    return (FFNNames(f'{module}.wi', f'{module}.wo', act=f'{module}.act'),
-            FFNNames(f'{module}.wi_1', f'{module}.wo', f'{module}.wi_0', f'{module}.act'))
+    more = dict(act=f'{module}.act', dropout=f'{module}.dropout')
+    return (FFNNames(f'{module}.wi', f'{module}.wo', **more),
+            FFNNames(f'{module}.wi_1', f'{module}.wo', f'{module}.wi_0', **more))
 
 _T5_ENCODER = Stack('encoder.block', (_t5_attn('layer.0.SelfAttention'),), _t5_ffn('layer.1.DenseReluDense'))
 _T5_DECODER = Stack('decoder.block', (_t5_attn('layer.0.SelfAttention'), _t5_attn('layer.1.EncDecAttention', 'cross')),

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/19_ffn.ipynb #8f281629
 import copy
 import inspect
+from collections import deque
 
 import torch
 import transformers
@@ -29,6 +30,9 @@ class _Tap(nn.Module):
         self.x = None
 
     def forward(self, x):
+        if getattr(self, '_is_replica', False):
+            raise RuntimeError("a model with replaced feed-forward layers cannot run in `nn.DataParallel`: start the "
+                               "training with `torchrun` (DistributedDataParallel), or let it see one GPU only")
         self.x = x
         return x[..., :0]
 
@@ -38,6 +42,7 @@ class _Core(nn.Module):
         super().__init__()
         self.inner, self.weight = inner, None  # T5 asks for the precision of a weight, if there is one
         self._tap, self._source = (tap,), (source,)  # in tuples they are not registered a second time
+        self._past = deque(maxlen=16)
 
     @property
     def d_ff(self): return self.inner.d_ff
@@ -46,7 +51,7 @@ class _Core(nn.Module):
         x, self._tap[0].x = self._tap[0].x, None
         if not getattr(self.inner, 'wants_ids', False):
             return self.inner(x)
-        return self.inner(x, _ids_for(x, self._source[0]))
+        return self.inner(x, _ids_for(x, self._source[0], self._past))
 
 # %% ../nbs/19_ffn.ipynb #930bcea2
 def _source_of(ffn: FFN) -> nn.Module:
@@ -66,14 +71,38 @@ def _keep_ids(module, args, kwargs):
     "Before `module` runs: remember the tokens that it was given"
     module._tpa_ids = _given_ids(module, args, kwargs)
 
-def _ids_for(x, source):
+def _drop_ids(module, args, out):
+    "After `module` has run, or failed: what runs next is no part of this call"
+    module.__dict__.pop('_tpa_ids', None)
+
+# %% ../nbs/19_ffn.ipynb #5e85b7e0
+def _mark(x):
+    "What tells the inputs of one pass from those of another, (..., 4)"
+    return x.detach()[..., :4].float().nan_to_num()
+
+def _recalled(mark, past):
+    "The ids that stand beside `mark`, (..., 4), in `past`"
+    found = [((m - mark).norm().item(), ids) for m, ids in past if m.shape == mark.shape and m.device == mark.device]
+    off, ids = min(found, key=lambda pair: pair[0], default=(1, None))
+    if ids is None or off > 0.01 * mark.norm().item():
+        raise ValueError("this feed-forward layer chooses by token ids, and runs outside of a call of its model on "
+                         "inputs that none of the last training passes had; with gradient checkpointing call "
+                         "`backward` after 16 passes at the latest")
+    return ids
+
+def _ids_for(x, source, past):
     "Token ids that belong to the rows of `x`, (..., D)"
-    ids = source.__dict__.get('_tpa_ids')
+    if not hasattr(source, '_tpa_ids'):
+        return _recalled(_mark(x), past)
+    ids = source._tpa_ids
     if ids is None:
         raise ValueError("this feed-forward layer chooses by token ids, and the model was called without `input_ids`")
     if ids.numel() != x[..., 0].numel():
         raise ValueError(f"this feed-forward layer got {x[..., 0].numel()} tokens, but `input_ids` has {ids.numel()}")
-    return ids.reshape(x.shape[:-1])
+    ids = ids.reshape(x.shape[:-1])
+    if (source.training or torch.is_grad_enabled()) and not torch.compiler.is_compiling():
+        past.append((_mark(x), ids))
+    return ids
 
 # %% ../nbs/19_ffn.ipynb #acc6b308
 @patch(as_prop=True)
@@ -83,12 +112,29 @@ def replaced(self: FFN) -> nn.Module | None:
     return core.inner if isinstance(core, _Core) else None
 
 # %% ../nbs/19_ffn.ipynb #10d28ddd
+def _check_whole(ffn: FFN) -> None:
+    "Raise unless plain projections are all there is in the place of `ffn`"
+    for proj in filter(None, (ffn.up, ffn.gate, ffn.down)):
+        if proj.site is not proj.linear:
+            raise ValueError(f"{ffn.name} cannot be replaced: {proj.name} carries an adapter, which would be lost; "
+                             "merge or remove the adapter first")
+        if not isinstance(proj.linear, (nn.Linear, Conv1D)) or proj.is_packed:
+            raise ValueError(f"{ffn.name} cannot be replaced: {proj.name} is {type(proj.linear).__name__}, whose "
+                             "weights are no plain numbers; start from a model that is not quantised")
+
+# %% ../nbs/19_ffn.ipynb #8f0593db
+@patch(as_prop=True)
+def dropout(self: FFN) -> nn.Module | None:
+    "The dropout between activation and down projection; None if there is none"
+    return self.root.get_submodule(f'{self.path}.{self.names.dropout}') if self.names.dropout else None
+
+# %% ../nbs/19_ffn.ipynb #0c841bba
 @patch
 def replace(
     self: FFN,
     module: nn.Module,  # `forward(x)`, or `forward(x, ids)` if it `wants_ids`; (..., D) to (..., D); has `d_ff`
 ) -> None:
-    "Put `module` in the place of up, gate, activation and down; a module that stands there already is exchanged"
+    "Put `module` in the place of all from up to down; what it has as `dropout`, if None, becomes the layer's own"
     if not isinstance(module, nn.Module) or not isinstance(getattr(module, 'd_ff', None), int):
         raise TypeError(f"`module` must be an nn.Module with an integer `d_ff`, got {type(module).__name__}")
     core = self.down.site
@@ -96,17 +142,18 @@ def replace(
         core.inner = module
     else:
         core = _install(self, module)
-    if getattr(module, 'wants_ids', False) and not hasattr(core._source[0], '_tpa_ids'):
-        core._source[0]._tpa_ids = None
-        core._source[0].register_forward_pre_hook(_keep_ids, with_kwargs=True)
+    for part in module.modules():
+        if self.dropout is not None and getattr(part, 'dropout', part) is None:
+            part.dropout = self.dropout
+    source = core._source[0]
+    if getattr(module, 'wants_ids', False) and _keep_ids not in source._forward_pre_hooks.values():
+        source.register_forward_pre_hook(_keep_ids, with_kwargs=True)
+        source.register_forward_hook(_drop_ids, always_call=True)
 
 def _install(ffn, module):
     "Put taps and core at the names of up, gate and down"
-    down = ffn.down
-    if not isinstance(down.linear, (nn.Linear, Conv1D)) or down.site is not down.linear:
-        raise ValueError(f"{ffn.name} cannot be replaced: its down projection is {type(down.site).__name__}; "
-                         "merge adapters first, and start from a model that is not quantised")
-    ids, of = ffn.neurons, ffn.d_ff_orig
+    _check_whole(ffn)
+    down, ids, of = ffn.down, ffn.neurons, ffn.d_ff_orig
     taps = [_Tap(p.linear) for p in (ffn.up, ffn.gate) if p]
     core = _Core(module, taps[0], _source_of(ffn))
     core._tpa_neurons, core._tpa_d_ff, core._biased = ids, of, down.bias is not None

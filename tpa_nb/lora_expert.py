@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 # %% ../nbs/23_lora_expert.ipynb #d0959d01
 from .arch import Arch
 from .experts import Experts
-from .ffn import _act_name
+from .ffn import _act_name, _check_whole
 from .lora import _modules_to_save, _whole, n_trainable
 from .moe import MoE, _choose, moes, register_shared, shared_kinds
 from .profile import _check_count, _module_flops, register_flops
@@ -28,11 +28,11 @@ from .router import _collect, _draw_batches, _hold_out
 from .tasks import Examples
 
 # %% ../nbs/23_lora_expert.ipynb #736aff8c
-def _neurons(x, up, gate, down, act, up_bias=None, gate_bias=None):
+def _neurons(x, up, gate, down, act, up_bias=None, gate_bias=None, dropout=None):
     "Sum of neurons: (N, D) to (N, D), weights (n, D), biases (n,)"
     h = F.linear(x, up, up_bias)
     h = act(h) if gate is None else act(F.linear(x, gate, gate_bias)) * h  # (N, n)
-    return h @ down
+    return (h if dropout is None else dropout(h)) @ down
 
 @register_shared
 class SharedNeurons(nn.Module):
@@ -53,6 +53,7 @@ class SharedNeurons(nn.Module):
         new = lambda there, *width: nn.Parameter(torch.zeros(n_neurons, *width)) if there else None
         self.up, self.gate, self.down = new(True, d_model), new(gated, d_model), new(True, d_model)
         self.up_bias, self.gate_bias, self.act = new(up_bias), new(gate_bias), ACT2FN[act]
+        self.dropout: nn.Module | None = None  # the layer's own, which `FFN.replace` fills in
 
     @property
     def config(self) -> dict:
@@ -61,7 +62,8 @@ class SharedNeurons(nn.Module):
                 'up_bias': self.up_bias is not None, 'gate_bias': self.gate_bias is not None}
 
     def forward(self, x):
-        return _neurons(x, self.up, self.gate, self.down, self.act, self.up_bias, self.gate_bias)  # (N, D)
+        return _neurons(x, self.up, self.gate, self.down, self.act, self.up_bias, self.gate_bias,
+                        self.dropout)  # (N, D)
 
 register_flops(SharedNeurons, lambda m, rows: 2 * rows * sum(p.numel() for p in m.parameters() if p.dim() == 2),
                replace=True)
@@ -146,6 +148,10 @@ def _check_expert(arch, r, lora_alpha, rows, train, init):
     there = [f.name for f in chosen if f.replaced is not None and isinstance(f.replaced.shared, LoRAExpert)]
     if there:
         raise ValueError(f"{there[0]} has a LoRA expert already; call `fold_lora_expert` first")
+    for ffn in chosen:
+        if ffn.replaced is None:
+            _check_whole(ffn)
+        _act_name(ffn.act if ffn.replaced is None else ffn.replaced.experts.act)  # raises where it has no name
     return chosen
 
 def _as_mixture(ffn):
@@ -172,7 +178,7 @@ def add_lora_expert(
     r: int = 32,                          # Neurons of each expert
     lora_alpha: float = 32,               # Outputs are scaled by `lora_alpha` / r
     rows: Iterable[int] | None = None,    # Which of `arch.ffns`; all if not given
-    train: Sequence[str] = ('head',),     # What trains beside them: 'norm', 'head', 'pooler'
+    train: Sequence[str] = ('head',),     # What trains beside them: 'norm', 'head', 'pooler'; an adapter has its own
     init: str = 'uniform',                # Start of B: 'uniform' (as PEFT) or 'normal' (the paper's code)
     seed: int = 0,                        # Seed of B
 ) -> Arch:                                # The same handle
@@ -189,7 +195,8 @@ def add_lora_expert(
             mixtures.append(moe)
     _freeze_others(arch, mixtures, train)
     arch.history.append({'verb': 'add_lora_expert', 'r': r, 'lora_alpha': lora_alpha, 'init': init, 'seed': seed,
-                         'rows': [f.row for f in chosen], 'train': list(train), 'trainable': n_trainable(arch)})
+                         'rows': [f.row for f in chosen], 'train': [] if arch.is_adapted else list(train),
+                         'trainable': n_trainable(arch)})
     return arch
 
 # %% ../nbs/23_lora_expert.ipynb #4081c6f6
@@ -309,6 +316,19 @@ def _fold_dense(ffn):
     ffn.restore(**{**parts, 'down': parts['down'].T}, bias=experts.bias, neurons=ids)
 
 # %% ../nbs/23_lora_expert.ipynb #2683385e
+def _let_train(arch, folded):
+    "Without an adapter all weights but routers' train, beside one nothing of the layers `folded`"
+    if arch.is_adapted:
+        for ffn in folded:
+            plain = [p.linear for p in (ffn.up, ffn.gate, ffn.down) if p] if ffn.replaced is None else [ffn.replaced]
+            for part in plain:
+                part.requires_grad_(False)
+        return
+    arch.model.requires_grad_(True)
+    for moe in filter(lambda m: m.router is not None, moes(arch).values()):
+        moe.router.requires_grad_(False)  # which experts run has no derivative
+
+# %% ../nbs/23_lora_expert.ipynb #ca9be757
 def fold_lora_expert(
     arch: Arch,  # The model with its LoRA experts, changed in place
 ) -> Arch:       # The same handle
@@ -326,10 +346,11 @@ def fold_lora_expert(
     for ffn in chosen:
         moe = ffn.replaced
         plain = moe.n_experts == 1 and moe.router is None and moe.shared.beside is None
-        _fold_dense(ffn) if plain else _fold_shared(moe)
-    if not arch.is_adapted:
-        arch.model.requires_grad_(True)
-        for moe in filter(lambda m: m.router is not None, moes(arch).values()):
-            moe.router.requires_grad_(False)  # which experts run has no derivative
+        if plain:
+            _fold_dense(ffn)
+        else:
+            _fold_shared(moe)
+            ffn.replace(moe)  # with the layer's dropout
+    _let_train(arch, chosen)
     arch.history.append({'verb': 'fold_lora_expert', 'rows': [f.row for f in chosen]})
     return arch

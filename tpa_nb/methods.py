@@ -6,7 +6,7 @@
 __all__ = ['UNTRAINED', 'Outcome', 'check_recipe', 'dsee_recipe']
 
 # %% ../nbs/36_methods.ipynb #a51deb92
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -26,6 +26,7 @@ from .prune import prune_iteratively, prune_neurons, select_heads, select_neuron
 from .recipe import Recipe, _checks, register_method
 from .router import relufy, set_dynamic_k
 from .save import open_model
+from .split import _n_experts
 from .tasks import Task
 from .train import evaluate_model, finetune, warm_up
 
@@ -222,25 +223,33 @@ def _moefy(arch, task, recipe, progress):
     if first:
         _train(arch, task, recipe, first / 2 if recipe.relu else first, recipe.full_lr, progress)
     if recipe.relu:
-        relufy(arch, calibration)
+        relufy(arch, calibration, seed=recipe.seed)
         if first:
             _train(arch, task, recipe, first / 2, recipe.full_lr, progress)
-    n, k = _experts(arch, recipe)
-    moefy(arch, n, k, calibration, split=recipe.split, router=recipe.router or 'mlp', seed=recipe.seed)
-    if recipe.dynamic:
-        set_dynamic_k(arch, calibration, k)
+    k = _to_experts(arch, recipe, calibration)
+    _train(arch, task, recipe, recipe.epochs - first, recipe.lr if recipe.expert_r else recipe.full_lr, progress)
     if recipe.expert_r:
-        add_lora_expert(arch, recipe.expert_r, recipe.expert_r, train=recipe.train, seed=recipe.seed)
-        _train(arch, task, recipe, recipe.epochs - first, recipe.lr, progress)
         fold_lora_expert(arch)
-    else:
-        _train(arch, task, recipe, recipe.epochs - first, recipe.full_lr, progress)
+    if recipe.dynamic:  # training has moved the scores
+        set_dynamic_k(arch, calibration, k, seed=recipe.seed)
     return Outcome(arch)
 
+def _to_experts(arch, recipe, calibration):
+    "Split, route and add what is always on, by the recipe; how many experts a token runs comes back"
+    n, k, on_uneven = _experts(arch, recipe)
+    moefy(arch, n, k, calibration, split=recipe.split, router=recipe.router or 'mlp', on_uneven=on_uneven,
+          seed=recipe.seed)
+    if recipe.dynamic:
+        set_dynamic_k(arch, calibration, k, seed=recipe.seed)
+    if recipe.expert_r:
+        add_lora_expert(arch, recipe.expert_r, recipe.expert_r, train=recipe.train, seed=recipe.seed)
+    return k
+
 def _experts(arch, recipe):
-    "Experts of a layer, and of a token: by default experts of 32 neurons, of which a fifth runs"
-    n = recipe.n_experts or max(2, arch.ffns[0].d_ff // 32)
-    return n, recipe.k or max(1, round(n / 5))
+    "Experts of a layer and of a token, and what if they do not fit: by default of about 32 neurons, a fifth runs"
+    n, d_ff = recipe.n_experts, arch.ffns[0].d_ff
+    n, on_uneven = (_n_experts(d_ff, max(2, d_ff // 32), 'nearest'), 'nearest') if n is None else (n, 'error')
+    return n, max(1, round(n / 5)) if recipe.k is None else recipe.k, on_uneven
 
 # %% ../nbs/36_methods.ipynb #9302b292
 def _moebert(arch, task, recipe, progress):
@@ -259,7 +268,7 @@ def _to_moebert(arch, recipe, imp):
     "Cut by the scores `imp`, or for the control by chance"
     draw = _draw(recipe)
     imp = [_by_criterion(scores, recipe, draw) for scores in imp]
-    size = recipe.expert_size or arch.ffns[0].d_ff // 4
+    size = arch.ffns[0].d_ff // 4 if recipe.expert_size is None else recipe.expert_size
     shared = size * 2 // 3 if recipe.shared is None else recipe.shared
     return moebert(arch, imp, size, shared, recipe.n_experts, recipe.router or 'hash', seed=recipe.seed)
 
@@ -271,34 +280,39 @@ def _ones(arch):
         heads[a.row, list(a.heads)] = 1.
     return heads
 
-def _check_prune(arch, recipe):
+def _check_prune(arch, task, recipe):
     "Raise unless the recipe's heads can go"
     _select(arch, _ones(arch), recipe)
 
-def _check_prune_lora(arch, recipe):
+def _check_prune_lora(arch, task, recipe):
     "Raise unless heads can go and adapters fit"
     heads = _ones(arch)
     _select(arch, heads, recipe)
-    add_lora(arch, heads, top_blocks=min(len(heads), recipe.top_blocks or 1), targets=recipe.targets,
-             train=recipe.train)
-    if recipe.top_blocks is not None and not 0 <= recipe.top_blocks <= len(heads):
-        raise ValueError(f"`top_blocks` must be from 0 to {len(heads)}, got {recipe.top_blocks}")
+    top = 1 if recipe.top_blocks is None else recipe.top_blocks
+    if top > len(heads):
+        raise ValueError(f"`top_blocks` must be from 0 to {len(heads)}, got {top}")
+    add_lora(arch, heads, top_blocks=top, targets=recipe.targets, train=recipe.train)
 
-def _check_dsee(arch, recipe):
+def _check_dsee(arch, task, recipe):
     "Raise unless heads can go and the update fits"
     if not recipe.warm_up:
         raise ValueError("`warm_up` must be above 0 for 'dsee', which chooses by the update that was trained before")
     if not recipe.weight_ratio:
-        _check_prune(arch, recipe)
+        _check_prune(arch, task, recipe)
     _add_dsee(arch, recipe, support='random')
 
-def _check_moebert(arch, recipe):
+def _check_moebert(arch, task, recipe):
     "Raise unless the layers can be dealt out"
     _to_moebert(arch, recipe, [torch.ones(f.d_ff_orig) for f in arch.ffns])
 
-def _check_moefy(arch, recipe):
-    "Raise unless the layers can be split"
-    moefy(arch, *_experts(arch, recipe), split='random', router=None)
+def _check_moefy(arch, task, recipe):
+    "Raise unless the layers can be split and routed, on a few rows, and get what is always on"
+    few = replace(recipe, calibration=min(32, recipe.calibration), split='random')
+    try:
+        _to_experts(arch, few, _calibration(task, few))
+    except ValueError as e:
+        asked = {f.name: getattr(recipe, f.name) for f in fields(recipe) if getattr(recipe, f.name) != f.default}
+        raise ValueError(f"with {', '.join(f'`{n}` {value!r}' for n, value in asked.items())}: {e}") from e
 
 # %% ../nbs/36_methods.ipynb #a74f93d7
 for _name, _run, _check in (('full', _full, None), ('lora', _lora, None),
@@ -319,7 +333,7 @@ def check_recipe(
                          f"{arch.new_weights[0]!r} is random; give a checkpoint that was fine-tuned on {task.name!r}")
     if recipe.distill_weight and recipe.teacher != 'full':
         _teacher(task, recipe)
-    _checks[recipe.method](arch.clone(), recipe)
+    _checks[recipe.method](arch.clone(), task, recipe)
 
 # %% ../nbs/36_methods.ipynb #dec789b3
 def dsee_recipe(

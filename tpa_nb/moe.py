@@ -17,16 +17,15 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.pytorch_utils import Conv1D
 
 # %% ../nbs/21_moe.ipynb #b146d9bc
 from .arch import FFN, Arch, _check_arch
-from .experts import Experts
-from .ffn import _act_name
+from .experts import Experts, _members
+from .ffn import _act_name, _check_whole
 from .importance import _as_batches, model_inputs, neuron_importance
-from .profile import _module_flops, register_flops
+from .profile import _evaluating, _module_flops, register_flops
 from .save import StructureStep, _is_known, register_step
-from .split import _n_experts, _real_tokens, coactivation, split_neurons
+from .split import _check_training, _n_experts, _real_tokens, coactivation, split_neurons
 from .tasks import Examples
 
 # %% ../nbs/21_moe.ipynb #1b22ba5f
@@ -50,7 +49,7 @@ def choose_experts(
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
     if threshold is None:
         return chosen
-    near = scores >= threshold * scores.amax(-1, keepdim=True)
+    near = (scores > 0) & (scores >= threshold * scores.amax(-1, keepdim=True))
     top = torch.zeros_like(chosen).scatter(-1, best[..., :1], True)
     return (near if k is None else near & chosen) | top
 
@@ -68,7 +67,7 @@ class MoE(nn.Module):
         super().__init__()
         if router is not None or k is not None:
             _check_choice(k, threshold, experts.n_experts)
-        _check_router(router, experts)
+        _check_router(router, experts, threshold)
         self.experts, self.router, self.shared = experts, router, shared
         self.k, self.threshold = k, threshold
         self.mean_k: float | None = None  # experts that a token runs on average, where that was measured
@@ -93,11 +92,19 @@ def _scores(router, experts, x, ids=None):
                          f"for {experts.n_experts} experts")
     return scores
 
+def _check_threshold(router, threshold):
+    "Raise unless shares of the best score mean something for `router`, a module or its class"
+    if threshold is not None and not getattr(router, 'contributes', True):
+        name = router.__name__ if isinstance(router, type) else type(router).__name__
+        raise ValueError(f"the scores of {name} are not contributions, so a `threshold` on the share of the best one "
+                         "means nothing; give `k`")
+
 @torch.no_grad()
-def _check_router(router, experts):
+def _check_router(router, experts, threshold=None):
     "Raise unless `router` fits `experts`"
     if router is None:
         return
+    _check_threshold(router, threshold)
     x = experts.up.new_zeros(1, experts.d_model)
     try:
         _scores(router, experts, x, torch.zeros(1, dtype=torch.long, device=x.device))
@@ -135,16 +142,20 @@ def moes(
 def set_router(
     ffn: FFN,                  # A feed-forward layer that is a mixture
     router: nn.Module | None,  # The new router; None runs all experts
-    k: int | None = None,      # Experts of each token; as before if not given
+    k: int | None = None,      # Experts of each token; if not given as before, after `set_dynamic_k` the mean
 ) -> None:
     "Exchange the router of a mixture"
     moe = ffn.replaced
     if not isinstance(moe, MoE):
         raise ValueError(f"{ffn.name} is no mixture of experts; `moefy(arch, ...)` makes one of it")
-    if router is not None:
-        _check_choice(k or moe.k, moe.threshold, moe.n_experts)
-    _check_router(router, moe.experts)
-    moe.router, moe.k = router, k or moe.k
+    if k is None and moe.mean_k is not None:
+        k = max(1, round(moe.mean_k))
+    threshold = moe.threshold if k is None else None
+    k = moe.k if k is None else k
+    if router is not None or k is not None:
+        _check_choice(k, threshold, moe.n_experts)
+    _check_router(router, moe.experts, threshold)
+    moe.router, moe.k, moe.threshold, moe.mean_k = router, k, threshold, None
     ffn.replace(moe)
 
 # %% ../nbs/21_moe.ipynb #2de2d1d3
@@ -161,7 +172,7 @@ def _check_kind(cls, known):
 
 def register_router(
     cls: type,                     # Has `kind`, and `config`: `cls(**config)` has the same parameters and buffers
-    fit: Callable | None = None,   # `fit(arch, calibration, **settings)` gives routers to the mixtures without one
+    fit: Callable | None = None,   # `fit(arch, calibration, seed=0, **settings)` gives the mixtures their routers
 ) -> type:                         # The same class
     "Make a kind of router known to `moefy` and `load_model`"
     _check_kind(cls, router_kinds)
@@ -257,8 +268,7 @@ def _layers_to_change(arch, rows):
     for ffn in (ffns[row] for row in rows):
         if ffn.replaced is not None:
             raise ValueError(f"{ffn.name} is a {type(ffn.replaced).__name__} already; `unmoefy(arch)` makes it plain")
-        if not all(isinstance(p.linear, (nn.Linear, Conv1D)) for p in (ffn.up, ffn.gate, ffn.down) if p):
-            raise ValueError(f"{ffn.name} is not plain: a quantised or adapted layer cannot be split")
+        _check_whole(ffn)
     return [ffns[row] for row in rows]
 
 def _check_calibration(calibration, router, split):
@@ -291,12 +301,14 @@ def _split_all(arch, ffns, n_experts, split, calibration, on_uneven, seed):
     "Labels of the neurons of each layer, by row"
     if isinstance(split, Mapping):
         for row, labels in split.items():
-            n = len(labels) if labels.dim() == 2 else int(labels.max()) + 1
+            n = len(_members(labels))
             if n != n_experts:
                 raise ValueError(f"`split` makes {n} experts of row {row}, `n_experts` is {n_experts}")
         return dict(split)
     for ffn in ffns:
         _n_experts(ffn.d_ff, n_experts, on_uneven)  # before anything is measured
+    if split == 'importance':
+        _check_training(calibration)
     scores = neuron_importance(arch, calibration) if split == 'importance' else None
     labels = {}
     for ffn in ffns:  # one layer at a time: co-activation takes (F, F)
@@ -317,13 +329,14 @@ def moefy(
     rows: Iterable[int] | None = None,      # Which of `arch.ffns`; all if not given
     threshold: float | None = None,         # Dynamic k, as in `choose_experts`
     on_uneven: str = 'error',               # If `n_experts` does not divide d_ff: 'error', or the 'nearest' that does
-    seed: int = 0,                          # Of the split
+    seed: int = 0,                          # Of the split, and of the router's fit
     **settings,                             # Of the router's fit
 ) -> Arch:                                  # The same handle
     "Turn feed-forward layers into mixtures of experts (MoEfication, Zhang et al. 2022)"
     ffns = _layers_to_change(arch, rows)
     _check_choice(k, threshold, n_experts)
     _check_kinds(ffns, split, router)
+    _check_threshold(router_kinds[router] if isinstance(router, str) else None, threshold)
     calibration = _check_calibration(calibration, router, split)
     labels = _split_all(arch, ffns, n_experts, split, calibration, on_uneven, seed)
     new = [_mixture(ffn, labels[ffn.row], n_experts, k, threshold, router) for ffn in ffns]
@@ -334,7 +347,7 @@ def moefy(
             ffn.replace(moe)
         arch.history.append(_record(ffns, new, n_experts, split, router, seed))
         if isinstance(router, str):
-            _fits[router](arch, calibration, **settings)
+            _fits[router](arch, calibration, seed=seed, **settings)
     except BaseException:
         _put_back(arch, sites, n_history)
         raise
@@ -433,18 +446,17 @@ def expert_usage(
     if not moes(arch):
         raise ValueError("`arch` has no mixture of experts; `moefy(arch, ...)` makes them")
     counts = {row: {'tokens': 0, 'chosen': 0} for row in moes(arch)}
-    current, training = {}, arch.model.training
+    current = {}
     hooks = [_count_hook(arch, arch.ffns[row], counts[row], current) for row in counts]
-    arch.model.eval()
     try:
-        for batch in _as_batches(arch, data, batch_size):
-            current.clear()
-            current.update(batch)
-            arch.model(**model_inputs(arch, batch))
+        with _evaluating([arch.model]):
+            for batch in _as_batches(arch, data, batch_size):
+                current.clear()
+                current.update(batch)
+                arch.model(**model_inputs(arch, batch))
     finally:
         for hook in hooks:
             hook.remove()
-        arch.model.train(training)
     if not all(c['tokens'] for c in counts.values()):
         raise ValueError("`data` has no tokens")
     return _Usage({row: c['chosen'] / c['tokens'] for row, c in counts.items()},

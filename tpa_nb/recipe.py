@@ -53,7 +53,7 @@ class _Adapting(_Pruning):
 @dataclass(frozen=True)
 class _Mixing(_Adapting):
     "Experts"
-    n_experts: int | None = None         # Experts of a layer; 'moefy': of 32 neurons; 'moebert': to keep all neurons
+    n_experts: int | None = None         # Experts; 'moefy': of about 32 neurons each; 'moebert': to keep all neurons
     k: int | None = None                 # 'moefy': experts that a token runs; by default a fifth
     split: str = 'kmeans'                # 'moefy': how neurons are dealt out, as in `split_neurons`
     router: str | None = None            # What chooses experts; by default 'mlp' for 'moefy', 'hash' for 'moebert'
@@ -85,13 +85,13 @@ _checks: dict[str, Callable] = {}
 def register_method(
     name: str,      # Its name in `Recipe.method`
     run: Callable,  # (arch, task, recipe, progress) to `Outcome`
-    check: Callable | None = None,  # (arch, recipe): raise what `run` would raise; `arch` may be changed
+    check: Callable | None = None,  # (arch, task, recipe): raise what `run` would raise; `arch` may be changed
 ) -> Callable:
     "Make a method known to `Recipe` and `compress`"
     if recipe_methods.get(name, run).__qualname__ != run.__qualname__:
         raise ValueError(f"`name` {name!r} is a method already; known: {', '.join(recipe_methods)}")
     recipe_methods[name] = run
-    _checks[name] = check or (lambda arch, recipe: None)
+    _checks[name] = check or (lambda arch, task, recipe: None)
     return run
 
 # %% ../nbs/34_recipe.ipynb #4267023c
@@ -112,6 +112,7 @@ def _check_recipe(recipe):
     "Raise unless the recipe's own values make sense; what depends on the model is checked with it"
     choices = {'method': _methods(recipe.method), 'ranks': ('budget', 'top'), 'scope': ('global', 'layer'),
                'normalize': ('layer', 'model', None), 'criterion': ('importance', 'random'),
+               'split': ('kmeans', 'coactivation', 'importance', 'random'),
                'mixed_precision': ('auto', 'no', 'bf16', 'fp16')}
     for name, legal in choices.items():
         value = getattr(recipe, name)
@@ -127,7 +128,8 @@ def _check_numbers(recipe):
                          f"and {recipe.temperature!r}")
     least = {'calibration': 1, 'n_sparse': 0, 'expert_r': 0, 'r': 1, 'r_high': 1, 'r_low': 1, 'batch_size': 1,
              'min_heads': 1, 'round_to': 1, 'iterative_steps': 1}
-    for name, low in least.items():
+    if_given = {'n_experts': 1, 'k': 1, 'expert_size': 1, 'shared': 0, 'top_blocks': 0}
+    for name, low in {**least, **{n: low for n, low in if_given.items() if getattr(recipe, n) is not None}}.items():
         value = getattr(recipe, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ValueError(f"`{name}` must be a whole number from {low} up, got {value!r}")

@@ -26,9 +26,9 @@ from .arch import Arch
 from .experts import Experts
 from .ffn import _given_ids, _source_of
 from .importance import _frozen, model_inputs
-from .moe import choose_experts, moes, register_router, set_router
+from .moe import _check_choice, _check_threshold, choose_experts, moes, register_router, set_router
 from .profile import _check_count, register_flops
-from .split import _real_tokens
+from .split import _check_training, _real_tokens
 from .tasks import Examples
 
 # %% ../nbs/22_router.ipynb #b0d8245e
@@ -107,8 +107,8 @@ def _centroids(experts):
 
 @register_router
 class CentroidRouter(nn.Module):
-    "Scores experts by the distance of their centroid to the token; needs no data"
-    kind = 'centroid'
+    "Scores experts by the distance of their centroid to the token; learns nothing from data"
+    kind, contributes = 'centroid', False  # no share of the best score means anything
     def __init__(
         self,
         d_model: int,    # D
@@ -149,7 +149,7 @@ def _balanced(n_experts, counts):
 @register_router
 class HashRouter(nn.Module):
     "Chooses experts by the token's id alone (Roller et al. 2021)"
-    kind, wants_ids = 'hash', True
+    kind, wants_ids, contributes = 'hash', True, False
     def __init__(
         self,
         n_experts: int,                       # E
@@ -283,6 +283,7 @@ def fit_router(
     if scale not in ('token', 'batch'):
         raise ValueError(f"`scale` must be 'token' or 'batch', got {scale!r}")
     k = max(1, round(router.n_experts / 5)) if k is None else k
+    _check_choice(k, None, router.n_experts)
     learn, held = _hold_out(len(x), holdout, seed)
     state = lambda: {n: p.detach().clone() for n, p in router.state_dict().items()}
     measure = lambda: _captured(router(x[held]), contributions[held], k)
@@ -309,8 +310,7 @@ def _draw_batches(arch, data, max_tokens, batch_size, seed):
         return _first_batches(data, max_tokens, arch.device)
     if arch.tokenizer is None:
         raise ValueError("`arch` has no tokenizer, which examples need; pass `Arch(model, tokenizer)`")
-    if data.rows._fingerprint == data.task.validation._fingerprint:
-        raise ValueError("`data` are the validation rows; a router is fitted on training rows, `task.calibration(512)`")
+    _check_training(data)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen, tokens = [], 0
     while order and tokens < max_tokens:
@@ -437,7 +437,9 @@ def _fit_one(arch, ffn, batches, make, contribution, max_tokens, seed, settings)
     moe = ffn.replaced
     x, ids = _collect(arch, ffn, batches, max_tokens, seed)
     contributions = expert_contributions(moe.experts, x, contribution)
-    router, k = make(moe.experts, ids), moe.k or max(1, round(moe.n_experts / 5))
+    if not contributions.isfinite().all():
+        raise ValueError(f"the experts of {ffn.name} contribute values that are not finite; check the weights for NaN")
+    router, k = make(moe.experts, ids), moe.k or max(1, round(moe.mean_k or moe.n_experts / 5))
     held, epoch = _hold_out(len(x), 0.1, seed)[1], 0
     if isinstance(router, MLPRouter):
         found = fit_router(router, x, contributions, k, holdout=0.1, seed=seed, **settings)
@@ -554,22 +556,24 @@ def _live_scores(arch, batches):
     finally:
         for hook in hooks:
             hook.remove()
-    return {row: torch.cat(scores) / torch.cat(scores).amax(1, keepdim=True) for row, scores in found.items()}
+    scores = {row: torch.cat(parts) for row, parts in found.items()}
+    return {row: s / s.amax(1, keepdim=True).clamp_min(1e-30) for row, s in scores.items()}
 
-def _threshold(shares, k):
-    "The share that k experts per token reach, in the mean over tokens and layers"
-    flat = torch.cat([s.flatten() for s in shares.values()])
-    n = round(k * sum(len(s) for s in shares.values()))
-    return min(1.0, max(1e-6, flat.kthvalue(len(flat) - n + 1).values.item()))
+def _threshold(shares, k, sizes):
+    "The share at which as many neurons run as with k experts per token; `sizes`: neurons of an expert, by row"
+    flat, order = torch.cat([s.flatten() for s in shares.values()]).sort(descending=True)
+    cost = torch.cat([torch.full((s.numel(),), sizes[row], dtype=torch.double) for row, s in shares.items()])
+    budget = k * sum(len(s) * sizes[row] for row, s in shares.items())
+    last = int((cost[order.cpu()].cumsum(0) <= budget + 0.5).sum()) - 1
+    return min(1.0, max(1e-6, flat[last].item()))
 
 def _check_dynamic(arch, k):
     "The mixtures, or a clear error"
     mixtures = moes(arch)
     if not mixtures or any(m.router is None for m in mixtures.values()):
         raise ValueError("`arch` must have mixtures of experts, all with a router; `moefy` and `fit_routers` make them")
-    odd = [type(m.router).__name__ for m in mixtures.values() if isinstance(m.router, (CentroidRouter, HashRouter))]
-    if odd:
-        raise ValueError(f"the scores of {odd[0]} are not contributions, so a share of the best one means nothing")
+    for m in mixtures.values():
+        _check_threshold(m.router, 'dynamic')
     most = min(m.n_experts for m in mixtures.values())
     if isinstance(k, bool) or not isinstance(k, (int, float)) or not 1 <= k < most:
         raise ValueError(f"`k` must be a number from 1 to less than {most} experts, got {k!r}")
@@ -579,24 +583,25 @@ def _check_dynamic(arch, k):
 def set_dynamic_k(
     arch: Arch,                       # The model with mixtures and routers, changed in place
     data: Examples | Iterable[dict],  # Training examples, `task.calibration(512)`, or batches
-    k: float,                         # Wished mean number of experts per token and layer
+    k: float,                         # Wished mean number of experts per token and layer, larger ones counting more
     max_tokens: int = 8192,           # Tokens to look at
     batch_size: int = 32,             # Examples per forward pass
     seed: int = 0,                    # Seed of the rows
 ) -> Arch:                            # The same handle; its mixtures have a `threshold` and a `mean_k` each
-    "Let every token choose how many experts it runs, `k` in the mean over tokens and layers"
+    "Let every token choose how many experts it runs, for as many neurons as with `k` for each in every layer"
     mixtures = _check_dynamic(arch, k)
     batches = _draw_batches(arch, data, max_tokens, batch_size, seed)
     before = {row: (m.k, m.threshold, m.mean_k) for row, m in mixtures.items()}
+    sizes = {row: m.experts.expert_size for row, m in mixtures.items()}
     try:
         for m in mixtures.values():
             m.k, m.threshold = int(k), None
         for _ in range(3):
             shares = _live_scores(arch, batches)
-            threshold = _threshold(shares, k)
+            threshold = _threshold(shares, k, sizes)
             for row, m in mixtures.items():
                 m.k, m.threshold, m.mean_k = None, threshold, _mean_k(shares[row], threshold)
-    except Exception:
+    except BaseException:
         for row, m in mixtures.items():
             m.k, m.threshold, m.mean_k = before[row]
         raise
@@ -606,7 +611,7 @@ def set_dynamic_k(
 
 def _mean_k(shares, threshold):
     "Experts per token at this threshold"
-    return (shares >= threshold).sum(1).float().mean().item()
+    return (shares >= threshold).sum(1).clamp_min(1).float().mean().item()
 
 # %% ../nbs/22_router.ipynb #d820ee79
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 # %% ../nbs/18_split.ipynb #e76e777e
 from .arch import Arch, FFN
-from .importance import _as_batches, model_inputs
+from .importance import _as_batches, _frozen, model_inputs
 from .tasks import Examples
 
 # %% ../nbs/18_split.ipynb #4582e6eb
@@ -120,12 +120,17 @@ def _kmeans(x, n, seed=0, rounds=16):
                  x.square().sum(1))
 
 # %% ../nbs/18_split.ipynb #9a457322
+def _decoder_mask(batch):
+    "Which tokens of the decoder are not padding, (B, T); None if all"
+    mask, ids, labels = (batch.get(name) for name in ('decoder_attention_mask', 'decoder_input_ids', 'labels'))
+    if mask is not None or labels is None:
+        return mask
+    return labels != -100 if ids is None or ids.shape == labels.shape else None
+
 def _real_tokens(arch: Arch, ffn: FFN, batch: dict, n: int) -> torch.Tensor:
     "Which of the `n` tokens that `ffn` saw are not padding, (n,)"
-    if ffn.stack and arch.task_type == 'seq_2_seq_lm':
-        mask = batch['labels'] != -100 if 'labels' in batch else None
-    else:
-        mask = batch.get('attention_mask')
+    decoder = ffn.stack and arch.task_type == 'seq_2_seq_lm'
+    mask = _decoder_mask(batch) if decoder else batch.get('attention_mask')
     if mask is None:
         return torch.ones(n, dtype=torch.bool, device=arch.device)
     if mask.numel() != n:
@@ -141,7 +146,23 @@ def _add_products(arch, ffn, total, batch):
         total.add_((a.T @ a).cpu())
     return ffn.down.site.register_forward_pre_hook(hook)
 
-# %% ../nbs/18_split.ipynb #3cbd05f0
+# %% ../nbs/18_split.ipynb #f7170c86
+def _texts(task, rows):
+    "What there is to read in each of the `rows`"
+    return set(map(str, zip(*(rows[name][:] for name in task.text_columns))))
+
+def _check_training(data) -> None:
+    "Raise if `data` are Examples with rows of their task's validation split"
+    if not isinstance(data, Examples):
+        return
+    task, texts = data.task, _texts(data.task, data.rows)
+    held = texts & _texts(task, task.validation)
+    held -= _texts(task, task.train) if held else set()
+    if held or data.rows._fingerprint == task.validation._fingerprint:
+        raise ValueError(f"`data` are the validation rows, or hold some ({len(held)} of {len(texts)} texts); use "
+                         "training rows, `task.calibration(512)`")
+
+# %% ../nbs/18_split.ipynb #8cb4675b
 @torch.no_grad()
 def coactivation(
     arch: Arch,                       # The model; it is left as it was
@@ -156,10 +177,9 @@ def coactivation(
     for ffn in (arch.ffns[row] for row in rows):
         if not ffn.is_plain:
             raise ValueError(f"{ffn.name} is a {type(ffn.down.linear).__name__}: only plain layers can be measured")
+    _check_training(data)
     found = {row: torch.zeros(arch.ffns[row].d_ff, arch.ffns[row].d_ff) for row in rows}
-    training = arch.model.training
-    arch.model.eval()
-    try:
+    with _frozen(arch.model):
         for batch in _as_batches(arch, data, batch_size):
             hooks = [_add_products(arch, arch.ffns[row], found[row], batch) for row in rows]
             try:
@@ -167,8 +187,6 @@ def coactivation(
             finally:
                 for hook in hooks:
                     hook.remove()
-    finally:
-        arch.model.train(training)
     for row, products in found.items():
         if not products.isfinite().all() or not products.any():
             raise ValueError(f"`data` gives {arch.ffns[row].name} no usable activations: none, or NaN among them")

@@ -128,14 +128,67 @@ def _metrics(arch, task):
     return task.scorer(arch.tokenizer) if hasattr(task, 'scorer') else task.compute_metrics
 
 # %% ../nbs/06_train.ipynb #c6761e84
+def _beneath(model):
+    "What trains beneath an adapter, and the buffers there, by name"
+    adapters, stored = set(getattr(model, 'peft_config', ())), model.state_dict().keys()
+    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found |= {n: b for n, b in model.named_buffers() if n in stored}
+    return {n: t for n, t in found.items() if adapters and not adapters & set(n.split('.'))}
+
+def _check_stored(trainer):
+    "Raise unless the checkpoints of the run will hold all that trains"
+    lost = [n for n, t in _beneath(trainer.model).items() if t.requires_grad]
+    if trainer.is_fsdp_enabled and trainer.args.save_strategy != 'no' and lost:
+        raise ValueError(f"`fsdp` stores the adapter alone, and {lost[0]!r} trains beneath it; leave out `output_dir` "
+                         "and `early_stopping`, or use `deepspeed`")
+
+# %% ../nbs/06_train.ipynb #7b7eb218
+class _Whole(Trainer):
+    "A Trainer whose checkpoints hold all that trains"
+    added = ()   # `AddedLoss` modules
+
+    def _beside(self):
+        "What the Trainer's own checkpoints leave out, tensors by name for each file"
+        return {'added': self.added.state_dict(), 'beneath': {} if self.is_deepspeed_enabled else _beneath(self.model)}
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        for name, tensors in self._beside().items():
+            if tensors and self.args.should_save:
+                save_file({n: t.detach().contiguous() for n, t in tensors.items()},
+                          Path(get_last_checkpoint(self.args.output_dir)) / f'{name}.safetensors')
+
+    @torch.no_grad()
+    def _load_beside(self, folder):
+        pairs = []
+        for name, tensors in self._beside().items():
+            file = Path(folder) / f'{name}.safetensors'
+            there = load_file(file) if file.exists() else {}
+            odd = {(n, t.shape) for n, t in tensors.items()} ^ {(n, t.shape) for n, t in there.items()}
+            if odd:
+                raise ValueError(f"{folder} does not hold what this model trains: {min(odd)[0]!r} is in one of them "
+                                 "only; give another `output_dir` or leave out `resume`")
+            pairs += [(t, there[n]) for n, t in tensors.items()]
+        for tensor, value in pairs:
+            tensor.copy_(value)
+
+    def _load_from_checkpoint(self, folder, *args, **kwargs):
+        self._load_beside(folder)
+        super()._load_from_checkpoint(folder, *args, **kwargs)
+
+    def _load_best_model(self):
+        self._load_beside(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+# %% ../nbs/06_train.ipynb #3054b6e4
 class _Groups(LengthGroupedSampler):
     "Rows of like length in a batch, in an order that hangs on seed and epoch alone"
     def set_epoch(self, epoch):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
-class _WithAdded(Trainer):
-    "A Trainer that counts the items of its added losses over a step, and trains and stores parameters of theirs"
-    added = counts = ()   # `AddedLoss` modules, and the items of the step that each is a mean of
+class _WithAdded(_Whole):
+    "A Trainer that counts the items of its added losses over a step, and trains parameters of theirs"
+    counts = ()   # Items of the step that each added loss is a mean of
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, n = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -157,16 +210,6 @@ class _WithAdded(Trainer):
     def _share_gradients(self, *args):
         for p in self.added.parameters():
             p.grad = self.accelerator.reduce(p.grad, 'mean')
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.added.state_dict() and self.args.should_save:
-            save_file(self.added.state_dict(), Path(get_last_checkpoint(self.args.output_dir)) / 'added.safetensors')
-
-    def _load_from_checkpoint(self, folder, *args, **kwargs):
-        super()._load_from_checkpoint(folder, *args, **kwargs)
-        if self.added.state_dict():
-            self.added.load_state_dict(load_file(Path(folder) / 'added.safetensors'))
 
 # %% ../nbs/06_train.ipynb #88dd2903
 class _Trainer(_WithAdded):
@@ -324,6 +367,7 @@ def _check_run(epochs, lr, batch_size, early_stopping, resume, output_dir):
 
 def _run(trainer, resume):
     "Train, from the last checkpoint if asked and there is one"
+    _check_stored(trainer)
     there = resume and Path(trainer.args.output_dir).is_dir()
     level, dtypes = hf_logging.get_verbosity(), [p.dtype for p in trainer.model.parameters()]
     hf_logging.set_verbosity_error()
