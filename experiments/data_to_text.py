@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from fastcore.script import call_parse, store_true
-from shared import choices, kept, need_data, setting, steps_of
+from shared import choices, kept, need_data, setting, steps_of, zeros_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -104,13 +104,6 @@ def learn(arch, task, way, lr, seed):
     train(epochs=EPOCHS / 2, seed=seed + 1000)
     merge_dsee(arch)
     return trainable
-
-
-def zeros_of(arch):
-    "Share of zeros among the weights of the layers"
-    weights = [p.linear.weight for a in arch.attns for p in (a.q, a.k, a.v, a.o)]
-    weights += [p.linear.weight for f in arch.ffns for p in (f.up, f.down)]
-    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
 
 
 def run(cell, data_dir, cache):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from fastcore.script import call_parse, store_true
-from shared import answers, at_most, choices, kept, need_data, setting, slice_of, steps_of
+from shared import answers, at_most, choices, kept, need_data, setting, slice_of, steps_of, zeros_of
 
 from tpa_nb.arch import Arch
 from tpa_nb.dsee import add_dsee, merge_dsee
@@ -99,14 +99,6 @@ def tune_again(arch, task, asked, lr, epochs, seed):
         train(epochs=epochs / len(ratios), seed=seed + 1000 + i)
 
 
-def size_of(arch):
-    "Parameters in all, and zeros among the weights of the layers"
-    weights = [p.linear.weight for a in arch.attns for p in (a.q, a.k, a.v, a.o)]
-    weights += [p.linear.weight for f in arch.ffns for p in (f.up, f.down)]
-    n, zeros = sum(w.numel() for w in weights), sum(int((w == 0).sum()) for w in weights)
-    return {'params': count_params(arch)['params'], 'zeros': zeros / n}
-
-
 def run(cell, data_dir, cache):
     "Carry out one cell"
     torch.manual_seed(cell.seed)
@@ -129,8 +121,8 @@ def run(cell, data_dir, cache):
         dense = Arch.from_pretrained('minilm', task, cell.seed)
         times = latency_together({'dense': dense, 'this': arch}, 32, 64, repeats=5, warmup=2, clock=time.process_time)
         found |= {'latency': {n: t.median for n, t in times.items()}, 'dense_flops': count_flops(dense)}
-    return {**found, **size_of(arch), 'flops': count_flops(arch), 'steps': steps_of(arch), 'partial': task.partial,
-            'heads': [a.n_heads for a in arch.attns],
+    return {**found, 'params': count_params(arch)['params'], 'zeros': zeros_of(arch), 'flops': count_flops(arch),
+            'steps': steps_of(arch), 'partial': task.partial, 'heads': [a.n_heads for a in arch.attns],
             'rows': {'train': len(task.train), 'validation': len(task.validation)}}
 
 

@@ -48,8 +48,8 @@ ROUTERS = {'mlp': {}, 'paper': dict(contribution='activation', scale='batch'),  
 EXPERT_WAYS = ('expert', 'fitted', 'fitted-expert', 'distilled')  # a LoRA expert trained by labels; fitted to what is
 # left out; fitted, then trained by labels; trained with the dense model as its teacher
 GRID = ('dense', 'mlp', 'mlp+expert', 'mlp+fitted', 'mlp+fitted-expert', 'mlp+distilled', 'oracle-activation',
-        'oracle-distance', 'paper', 'paper+expert', 'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'dynamic',
-        'dynamic+expert')
+        'oracle-distance', 'paper', 'paper+expert', 'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention',
+        'dynamic', 'dynamic+expert')
 SWEEPS = [
     *((way, dict(k=k)) for k in (5, 14, 24) for way in ('mlp', 'oracle-distance', 'dynamic')),
     *((way, dict(experts=E, k=k)) for E, k in ((12, 2), (24, 5), (96, 19)) for way in ('mlp', 'oracle-distance')),
@@ -70,7 +70,8 @@ def grid(tasks, seeds, methods=GRID):
 
 def sweep_grid(tasks, seeds):
     "Cells that differ from the comparison in one thing"
-    return [Cell(task, method, setting(**change), seed) for seed, (method, change), task in product(seeds, SWEEPS, tasks)]
+    return [Cell(task, method, setting(**change), seed)
+            for seed, (method, change), task in product(seeds, SWEEPS, tasks)]
 
 
 @lru_cache
@@ -101,7 +102,8 @@ def relufied(task, seed):
 
 def trained_t5(task, seed):
     "A small T5 that has learnt the task from nothing"
-    return finetune(small_t5(task, seed), task, epochs_of(task), T5_LR, seed=seed, batch_size=64, mixed_precision='bf16')
+    return finetune(small_t5(task, seed), task, epochs_of(task), T5_LR, seed=seed, batch_size=64,
+                    mixed_precision='bf16')
 
 
 def dense_model(task, seed, cache):
@@ -163,6 +165,11 @@ def recover(arch, task, way, lr, r, seed, cache):
     return trainable
 
 
+def mean_k(arch, task):
+    "Experts that a validation token runs in each layer; none in a dense model"
+    return [round(n, 4) for n in expert_usage(arch, task.examples('validation')).mean_k.values()] if moes(arch) else []
+
+
 def run(cell, data_dir, cache):
     "Carry out one cell"
     torch.manual_seed(cell.seed)
@@ -181,8 +188,7 @@ def run(cell, data_dir, cache):
     return {**answers(arch, task), 'trainable': trainable, 'params': count_params(arch)['params'],
             'flops': count_flops(arch), 'zeros': zeros, 'router': fits[-1] if fits and way != 'dense' else None,
             'fit': experts[-1] if experts else None,
-            'mean_k': [round(n, 4) for n in expert_usage(arch, task.examples('validation')).mean_k.values()] if moes(arch)
-            else [],
+            'mean_k': mean_k(arch, task),
             'steps': steps_of(arch), 'partial': task.partial,
             'rows': {'train': len(task.train), 'validation': len(task.validation)}}
 

@@ -67,3 +67,10 @@ def answers(arch, task):
 def steps_of(arch):
     "Steps that a model has been trained for"
     return sum(h.get('steps', 0) for h in arch.history)
+
+
+def zeros_of(arch):
+    "Share of zeros among the weights of attentions and feed-forward layers"
+    weights = [p.linear.weight for a in arch.attns for p in (a.q, a.k, a.v, a.o)]
+    weights += [p.linear.weight for f in arch.ffns for p in (f.up, f.down)]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)

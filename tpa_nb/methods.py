@@ -17,9 +17,9 @@ from .distill import distill
 from .dsee import add_dsee, dsee_settings, merge_dsee
 from .importance import head_derivatives, neuron_importance, ranking_stability, score_heads
 from .lora import add_lora, merge_lora
-from .lora_expert import add_lora_expert, fold_lora_expert
+from .lora_expert import add_lora_expert, fit_lora_expert, fold_lora_expert
 from .masks import mask_from_update, prune_adapted_heads, update_importance
-from .moe import moefy
+from .moe import moefy, moes
 from .moebert import BalanceLoss, moebert
 from .profile import _task_length, count_flops
 from .prune import prune_iteratively, prune_neurons, select_heads, select_neurons
@@ -243,6 +243,9 @@ def _to_experts(arch, recipe, calibration):
         set_dynamic_k(arch, calibration, k, seed=recipe.seed)
     if recipe.expert_r:
         add_lora_expert(arch, recipe.expert_r, recipe.expert_r, train=recipe.train, seed=recipe.seed)
+    routed = [row for row, moe in moes(arch).items() if not moe.is_dense]
+    if recipe.expert_r and recipe.fit_expert and routed:
+        fit_lora_expert(arch, calibration, routed, seed=recipe.seed)
     return k
 
 def _experts(arch, recipe):

@@ -59,6 +59,7 @@ class _Mixing(_Adapting):
     router: str | None = None            # What chooses experts; by default 'mlp' for 'moefy', 'hash' for 'moebert'
     dynamic: bool = False                # 'moefy': let a token run more or fewer, `k` on the mean?
     expert_r: int = 32                   # 'moefy': neurons of the expert that is always on; 0: train all weights
+    fit_expert: bool = True              # 'moefy': teach it what routing leaves out before it trains? (the papers: no)
     relu: bool = True                    # 'moefy': exchange the activation for a ReLU, halfway through the warm-up?
     expert_size: int | None = None       # 'moebert': neurons that a token runs; by default a quarter
     shared: int | None = None            # 'moebert': those that all experts share; by default two thirds of them
