@@ -24,6 +24,7 @@ from .arch import Arch
 from .importance import plot_importance
 from .lora import add_lora, merge_lora
 from .methods import UNTRAINED, _say, _wants_full_teacher, check_recipe
+from .moe import expert_usage, moes, plot_usage
 from .profile import Profile, _write_json, compare, profile_models, provenance
 from .recipe import Recipe, recipe_methods
 from .report import Section, definitions_html, figure_html, plot_curves, plot_structure, plot_tradeoff
@@ -184,6 +185,8 @@ def _figures(done, profiles, task):
     if own.importance is not None:
         found['importance'] = plot_importance(own.importance)
     found['structure'] = plot_structure([a.n_heads for a in attns], [a.n_heads_orig for a in attns], ranks)
+    if moes(own.arch):
+        found['experts'] = plot_usage(expert_usage(own.arch, task.examples('validation')))
     curves = {t.title: _curve(t.arch.history) for t in done}
     if any(curves.values()):
         found['curves'] = plot_curves({title: rows for title, rows in curves.items() if rows})
@@ -195,6 +198,8 @@ _CAPTIONS = {
     'tradeoff of losses': 'Score against the measured time of a forward pass. Down and to the left is better.',
     'importance': 'How strongly the loss reacts to each head. Bright heads were kept first; rows are blocks.',
     'structure': 'Heads left in each attention, and the rank of its adapters before they were merged.',
+    'experts': 'Share of the validation tokens that run each expert, from the most to the least used. The dashed line '
+               'is the mean; a balance of 1 means that all are used equally often.',
     'curves': 'Training loss by step. A curve with a jump has been pruned there.'}
 
 # %% ../nbs/40_compress.ipynb #31034ebf
@@ -211,6 +216,7 @@ def _sections(model, task, recipe, table, done, figures, notes):
             Section('What was done', steps_html(done[-1].arch.history)),
             *([Section('Importance', shown['importance'])] if 'importance' in shown else []),
             Section('Structure', shown['structure']),
+            *([Section('Experts', shown['experts'])] if 'experts' in shown else []),
             *([Section('Training', shown['curves'])] if 'curves' in shown else [])]
 
 def _constant(majority):
