@@ -180,7 +180,8 @@ def run(cell, data_dir, cache):
     way, _, more = ('mlp+' + cell.method.removeprefix('tune-') if tuning else cell.method).partition('+')
     arch, trainable = model_of(way, task, cell.seed, asked, cache), 0
     if more:
-        trainable = recover(arch, task, more, asked.get('lr') or best_rate(more), asked['r'], cell.seed, cache)
+        lr = asked.get('lr') or (best_rate(more) if more != 'fitted' else 0)
+        trainable = recover(arch, task, more, lr, asked['r'], cell.seed, cache)
         if way == 'dynamic':  # training has moved the scores
             set_dynamic_k(arch, calibration(task, cell.seed), asked['k'], seed=cell.seed)
     zeros = activation_sparsity(arch, calibration(task, cell.seed), 4096) if cell.method == 'dense' else None

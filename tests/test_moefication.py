@@ -65,3 +65,10 @@ def test_the_small_t5_takes_part(script, tmp_path, monkeypatch):
     assert found['mlp+expert']['steps'] == found['dense']['steps'] + 1, 'it recovers on the smaller part'
     assert found['mlp']['flops'] < found['mlp+expert']['flops'] < found['dense']['flops']
     assert len(found['mlp']['mean_k']) == 3, 'encoder and decoder'
+
+
+def test_every_way_that_trains_has_learning_rates(experiment):
+    script = experiment('moefication')
+    ways = {method.partition('+')[2] for method in script.GRID} - {'', 'fitted'}
+    assert {'expert' if way == 'distilled' else way for way in ways} == set(script.RATES)
+    assert {c.method for c in script.tuning_grid()} == {f'tune-{way}' for way in script.RATES}
