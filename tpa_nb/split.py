@@ -30,7 +30,11 @@ def _n_experts(d_ff: int, n_experts: int, on_uneven: str) -> int:
     if on_uneven == 'error':
         raise ValueError(f"`n_experts` {n_experts} does not divide d_ff {d_ff}; the nearest that do are {below} (of "
                          f"{d_ff // below} neurons) and {above} (of {d_ff // above}); `on_uneven='nearest'` takes one")
-    return below if n_experts - below < above - n_experts else above
+    nearest = below if n_experts - below < above - n_experts else above
+    if nearest == 1:
+        raise ValueError(f"`n_experts` {n_experts}: nearest to it d_ff {d_ff} can only be left whole, the first split is "
+                         f"{above} experts; prune neurons first, or ask for {above}")
+    return nearest
 
 # %% ../nbs/18_split.ipynb #a1157e19
 def _ranks(groups: torch.Tensor, n_groups: int) -> torch.Tensor:
