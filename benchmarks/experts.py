@@ -10,9 +10,9 @@ import statistics
 import torch
 import torch.nn.functional as F
 from common import CLOCKS, command_line, command_of, in_turns, set_threads, timing_options, write
-from torch import nn
 
-from tpa_nb.experts import Experts, choose_plan, plans
+from tpa_nb.bench import _case, _dense_call, _layer
+from tpa_nb.experts import choose_plan, plans
 from tpa_nb.profile import provenance
 from tpa_nb.split import _kmeans, _within
 
@@ -20,35 +20,14 @@ TARGETS = {(torch.float32, True, 128): {1: 0.25, 8: 0.5, 64: 0.5, 512: 0.3, 2048
            (torch.float32, True, 32): {1: 0.25, 8: 0.7, 64: 0.7, 512: 0.6, 2048: 0.6}}
 
 
-def layer(d_model, d_ff, n_experts, dtype, gated, seed):
-    "Experts with random weights"
-    torch.manual_seed(seed)
-    shape = n_experts, d_ff // n_experts, d_model
-    up, down, gate = (torch.randn(shape, dtype=dtype) / d_model ** 0.5 for _ in range(3))
-    bias = torch.randn(d_model, dtype=dtype)
-    return Experts(up, down, nn.ReLU(), gate if gated else None, None if gated else up[..., 0], bias=bias)
-
-
-def dense_call(experts, x):
-    "The layer as a model has it: two products, three if gated"
-    up, down = experts.up.flatten(0, 1), experts.down.flatten(0, 1).T.contiguous()
-    if experts.gate is None:
-        bias = experts.up_bias.flatten()
-        return lambda: F.linear(experts.act(F.linear(x, up, bias)), down, experts.bias)
-    gate = experts.gate.flatten(0, 1)
-    return lambda: F.linear(experts.act(F.linear(x, gate)) * F.linear(x, up), down, experts.bias)
-
-
 @torch.no_grad()
 def measure(experts, tokens, share, repeats, warmup, clock, seed):
     "One row: the dense layer and every plan that can run"
-    torch.manual_seed(seed)
-    x = torch.randn(tokens, experts.d_model).to(experts.up.dtype)
     k = max(1, round(share * experts.n_experts))
-    best = torch.rand(tokens, experts.n_experts).topk(k, -1).indices
-    chosen = torch.zeros(tokens, experts.n_experts, dtype=torch.bool).scatter(-1, best, True)
+    case, dense = _case(experts, tokens, k, torch.Generator().manual_seed(seed)), _dense_call(experts)
+    x, chosen = case.x, case.chosen
     able = [n for n, p in plans.items() if not p.why_not(experts, x) and not (n == 'token' and tokens > 1)]
-    calls = {'dense': dense_call(experts, x)}
+    calls = {'dense': lambda: dense(case)}
     calls |= {name: lambda plan=plans[name]: plan.run(experts, x, chosen) for name in able}
     want = plans['masked'].run(experts, x, chosen).float()
     errors = {n: ((plans[n].run(experts, x, chosen).float() - want).norm() / want.norm()).item() for n in able}
@@ -121,7 +100,7 @@ def main(argv=None):
     for dtype in args.dtypes:
         for gated in (False, True)[:1 + args.gated]:
             for n in args.experts:
-                experts = layer(args.d_model, args.d_ff, n, getattr(torch, dtype), gated, args.seed)
+                experts = _layer(args.d_model, args.d_ff, n, gated, True, getattr(torch, dtype), 'cpu')
                 for tokens in args.tokens:
                     rows.append(measure(experts, tokens, args.share, args.repeats, args.warmup, clock, args.seed))
                     print(report(rows[-1]), flush=True)

@@ -32,8 +32,8 @@ def _n_experts(d_ff: int, n_experts: int, on_uneven: str) -> int:
                          f"{d_ff // below} neurons) and {above} (of {d_ff // above}); `on_uneven='nearest'` takes one")
     nearest = below if n_experts - below < above - n_experts else above
     if nearest == 1:
-        raise ValueError(f"`n_experts` {n_experts}: nearest to it d_ff {d_ff} can only be left whole, the first split is "
-                         f"{above} experts; prune neurons first, or ask for {above}")
+        raise ValueError(f"`n_experts` {n_experts}: nearest to it d_ff {d_ff} can only be left whole, the first split "
+                         f"is {above} experts; prune neurons first, or ask for {above}")
     return nearest
 
 # %% ../nbs/18_split.ipynb #a1157e19
