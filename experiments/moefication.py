@@ -49,7 +49,7 @@ EXPERT_WAYS = ('expert', 'fitted', 'fitted-expert', 'distilled')  # a LoRA exper
 # left out; fitted, then trained by labels; trained with the dense model as its teacher
 GRID = ('dense', 'mlp', 'mlp+expert', 'mlp+fitted', 'mlp+fitted-expert', 'mlp+distilled', 'oracle-activation',
         'oracle-distance', 'paper', 'paper+expert', 'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention',
-        'dynamic', 'dynamic+expert')
+        'dynamic', 'dynamic+expert', 'dynamic+fitted-expert')
 SWEEPS = [
     *((way, dict(k=k)) for k in (5, 14, 24) for way in ('mlp', 'oracle-distance', 'dynamic')),
     *((way, dict(experts=E, k=k)) for E, k in ((12, 2), (24, 5), (96, 19)) for way in ('mlp', 'oracle-distance')),
