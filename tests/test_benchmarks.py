@@ -1,9 +1,17 @@
-"The benchmark of all families: it runs, and its arithmetic is right"
+"The benchmark of all families runs and is right; the commands for a GPU are ones that exist"
+import inspect
 import json
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
+import torch
 
 from tpa_nb.arch import families
+from tpa_nb.bench import run_bench
+
+ON_GPU = Path(__file__).parent.parent / 'benchmarks' / 'on_gpu.sh'
 
 
 @pytest.fixture
@@ -30,3 +38,22 @@ def test_runs_and_writes(bench, tmp_path):
 def test_break_even(bench, ratios, expected):
     rows = [{'batch_size': b, 'ratio': r} for b, r in zip((1, 4, 16), ratios)]
     assert bench.break_even(rows) == expected
+
+
+def test_commands_for_a_gpu_have_the_options_that_they_give(benchmark):
+    script = ON_GPU.read_text().replace('\\\n', '')
+    lines = [shlex.split(line.removeprefix('run ')) for line in script.splitlines()
+             if line.startswith('run ') and ' -c ' not in line]
+    scripts = [words for words in lines if words[0] == 'python']
+    assert len(scripts) >= 4 and len({words[-1] for words in scripts}) == len(scripts), 'each has a file of its own'
+    for _, path, *argv in scripts:
+        assert benchmark(Path(path).stem).parse(argv).device == 'cuda'
+    known = {f'--{name}' for name in inspect.signature(run_bench).parameters}
+    for words in (words for words in lines if words[0] == 'tpa_bench'):
+        assert {w for w in words if w.startswith('--')} <= known
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU, which it would use for minutes')
+def test_without_a_gpu_the_command_says_so():
+    done = subprocess.run(['bash', ON_GPU], capture_output=True, text=True)
+    assert done.returncode == 1 and 'torch sees no GPU' in done.stderr
