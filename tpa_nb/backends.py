@@ -14,6 +14,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 # %% ../nbs/27_backends.ipynb #e62921f7
+from .bench import _MOST_COPIED, _TOLERANCE
 from .experts import Experts, _mixed, _Plan, plans
 
 # %% ../nbs/27_backends.ipynb #e4c1fee0
@@ -59,8 +60,6 @@ def _run(name, ex, x, chosen):
         out = function(_as_layer(ex, name), x, *_as_places(chosen, x.dtype))
     return out if ex.bias is None else out + ex.bias
 
-_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
-
 @lru_cache
 def _failure(name, device, dtype, gated, biased):
     "Why the function `name` does not do for such a layer, '' if it does"
@@ -74,7 +73,7 @@ def _failure(name, device, dtype, gated, biased):
     except Exception as e:  # it is somebody else's, and may fail in any way
         return next(iter(str(e).splitlines()), '') or type(e).__name__
     error = ((got - want).norm() / want.norm()).item()
-    return '' if error <= _TOLERANCE.get(dtype, 1e-5) else f'its output is off by {error:.1e}'
+    return '' if error <= _TOLERANCE[str(dtype).removeprefix('torch.')] else f'its output is off by {error:.1e}'
 
 # %% ../nbs/27_backends.ipynb #86a14b22
 def _why_not(name, ex, x):
@@ -89,7 +88,7 @@ def _why_not(name, ex, x):
 def _most_copied(ex, x):
     "Why `batched_mm` cannot run for so many tokens: it copies an expert for each pair"
     copied = len(x) * sum(p.nbytes for p in ex.parameters(recurse=False))
-    return f'it could copy {copied / 1e9:.1f} GB of weights' if copied > 2 ** 30 else ''
+    return f'it could copy {copied / 1e9:.1f} GB of weights' if copied > _MOST_COPIED else ''
 
 # %% ../nbs/27_backends.ipynb #ebc14bab
 def register_backend(

@@ -23,7 +23,7 @@ from .experts import Experts
 from .ffn import _act_name, _check_whole
 from .lora import _modules_to_save, _whole, n_trainable
 from .moe import MoE, _choose, moes, register_shared, shared_kinds
-from .profile import _check_count, _module_flops, register_flops
+from .profile import _check_count, _evaluating, _module_flops, register_flops
 from .router import _collect, _draw_batches, _hold_out
 from .tasks import Examples
 
@@ -250,10 +250,12 @@ def _check_fitting(arch, rows, epochs, lr):
 
 def _left_out(moe, x, ids):
     "What the experts that are not chosen would add, and all of them, (N, D)"
-    chosen = torch.cat([_choose(moe, *part) for part in zip(x.split(4096), (None,) * len(x) if ids is None else
-                                                            ids.split(4096))])
-    bias = 0 if moe.experts.bias is None else moe.experts.bias
-    return moe.experts(x, ~chosen) - bias, moe.experts.dense(x) - bias
+    ex, found = moe.experts, []
+    for rows in torch.arange(len(x), device=x.device).split(4096):  # all activations of so many tokens at a time
+        part, part_ids = x[rows], None if ids is None else ids[rows]
+        found.append((ex(part, ~_choose(moe, part, part_ids)), ex.dense(part)))
+    missing, whole = map(torch.cat, zip(*found))
+    return (missing, whole) if ex.bias is None else (missing - ex.bias, whole - ex.bias)
 
 # %% ../nbs/23_lora_expert.ipynb #29036ba6
 @torch.no_grad()
@@ -276,7 +278,8 @@ def fit_lora_expert(
     try:
         for row, moe in tqdm(mixtures.items(), desc='experts', disable=hidden, leave=False):
             x, ids = _collect(arch, ffns[row], batches, max_tokens, seed)
-            missing, whole = _left_out(moe, x, ids)
+            with _evaluating([arch.model]):  # no dropout
+                missing, whole = _left_out(moe, x, ids)
             if not whole.isfinite().all():
                 raise ValueError(f'the experts of {ffns[row].name} give values that are not finite; check the weights')
             fitted, left, epoch = _fit_expert(moe.shared, x, missing, lr, epochs, seed)
