@@ -3,6 +3,7 @@ import inspect
 import json
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,14 @@ def test_commands_for_a_gpu_have_the_options_that_they_give(benchmark):
 def test_without_a_gpu_the_command_says_so():
     done = subprocess.run(['bash', ON_GPU], capture_output=True, text=True)
     assert done.returncode == 1 and 'torch sees no GPU' in done.stderr
+
+
+def test_the_kernels_for_gpus_compile_without_one(tmp_path):
+    pytest.importorskip('triton')
+    out = tmp_path / 'kernels.json'
+    command = [sys.executable, ON_GPU.parent / 'gpu_kernels.py', '--chips', 'H100', '--dtypes', 'float32', 'bfloat16',
+               '--tokens', '64', '--sizes', '128', '--out', out]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    rows = json.loads(out.read_text())['rows']
+    assert len(rows) == 6 and all(r['fits'] and not r['spilled'] and r['products'] == 'mma' for r in rows)

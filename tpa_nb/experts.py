@@ -227,6 +227,11 @@ class _Engine:
     gather: Callable   # (x (N, D), w (E, n, D), b (E, n) or None, tokens (P,), ends (E,)) to (P, n)
     scatter: Callable  # (h (P, n), w (E, n, D), tokens (P,), ends (E,), N) to (N, D)
 
+    @property
+    def with_gradient(self):
+        "The same two, which can be learnt through"
+        return lambda *args: _Gather.apply(*args, self), lambda *args: _Scatter.apply(*args, self)
+
 def _pairs(chosen):
     "Token of each pair, pairs sorted by expert, (P,), and where each expert's pairs end, (E,)"
     return chosen.T.nonzero()[:, 1].contiguous(), chosen.sum(0).cumsum(0)
@@ -285,10 +290,13 @@ def _by_pairs(engine, experts, x, chosen):
     if len(x) > _CHUNK and not torch.is_grad_enabled():
         return torch.cat([_by_pairs(engine, experts, *part) for part in zip(x.split(_CHUNK), chosen.split(_CHUNK))])
     (tokens, ends), x = _pairs(chosen), x.contiguous()
-    def up(w, b): return _Gather.apply(x, w, b, tokens, ends, engine)
-    h = up(experts.up, experts.up_bias)
-    h = experts.act(h) if experts.gate is None else experts.act(up(experts.gate, experts.gate_bias)) * h
-    out = _Scatter.apply(_ready(experts, h).contiguous(), experts.down, tokens, ends, len(x), engine)
+    gather, scatter = engine.with_gradient if torch.is_grad_enabled() else (engine.gather, engine.scatter)
+    h = gather(x, experts.up, experts.up_bias, tokens, ends)
+    if experts.gate is not None:
+        h = experts.act(gather(x, experts.gate, experts.gate_bias, tokens, ends)) * h
+    else:
+        h = experts.act(h)
+    out = scatter(_ready(experts, h).contiguous(), experts.down, tokens, ends, len(x))
     return (out if experts.bias is None else out + experts.bias).to(x.dtype)
 
 # %% ../nbs/20_experts.ipynb #bf1299e1
@@ -414,20 +422,41 @@ INLINE void scatter_rest_real(const int m, const int k, const real *h, const cel
     for (idx j = 0; j < n; j++)
       for (idx c = 0; c < k; c++) y[i][c] += h[i * n + j] * one_real(w + j * D + c);
 }
+INLINE void add_rows_real(const int k, const real *h, const cell *const *w, real *y, idx width) {
+  idx c = 0;                               /* y += sum over the rows of h[i] w[i], in their order */
+  for (; c + VL <= width; c += VL) {
+    vec_real sum = *(const vec_real *)(y + c);
+    for (int i = 0; i < k; i++) sum += h[i] * wide_real(w[i] + c);
+    *(vec_real *)(y + c) = sum;
+  }
+  for (; c < width; c++) for (int i = 0; i < k; i++) y[c] += h[i] * one_real(w[i] + c);
+}
+INLINE void scatter_one_real(const real *h, const cell *w, real *y, idx n, idx D, idx width) {
+  const cell *row[COLS];                   /* one token: what is not active is not read */
+  real active[COLS];
+  for (idx j = 0, k = 0; j < n; j++) {
+    if (h[j] != 0) { active[k] = h[j]; row[k++] = w + j * D; }
+    if (k == COLS) { add_rows_real(COLS, active, row, y, width); k = 0; }
+    else if (j == n - 1) for (int i = 0; i < k; i++) add_rows_real(1, active + i, row + i, y, width);
+  }
+}
 '''
 
 # %% ../nbs/20_experts.ipynb #55771cbd
 _SCATTER += r'''
 void scatter_real(const real *h, const cell *w, const idx *tokens, const idx *ends, idx E, real *y, idx n, idx D,
                   idx from, idx to) {  /* the columns from..to */
-  for (idx e = 0; e < E; e++)
-    for (idx c = from, width; c < to; c += width) {
+  for (idx e = 0; e < E; e++) {
+    idx first = e ? ends[e - 1] : 0;
+    const cell *we = w + e * n * D;
+    if (ends[e] == first + 1) scatter_one_real(h + first * n, we + from, y + tokens[first] * D + from, n, D, to - from);
+    else for (idx c = from, width; c < to; c += width) {
       width = to - c >= COLS * VL ? COLS * VL : LESS(to - c, VL);
-      for (idx p = e ? ends[e - 1] : 0; p < ends[e]; p += ROWS) {
+      for (idx p = first; p < ends[e]; p += ROWS) {
         int m = LESS(ends[e] - p, ROWS);
         real *y_of[ROWS];
         const real *hp = h + p * n;
-        const cell *wc = w + e * n * D + c;
+        const cell *wc = we + c;
         for (int i = 0; i < m; i++) y_of[i] = y + tokens[p + i] * D + c;
 #define WIDE(m) scatter_tile_real(m, COLS, hp, wc, y_of, n, D)
 #define ONE(m) scatter_tile_real(m, 1, hp, wc, y_of, n, D)
@@ -438,6 +467,7 @@ void scatter_real(const real *h, const cell *w, const idx *tokens, const idx *en
 #undef ONE
       }
     }
+  }
 }
 #undef VL
 '''
@@ -543,6 +573,30 @@ def _compiled_scatter(h, w, tokens, ends, n_tokens):
 
 _COMPILED = _Engine(_compiled_gather, _compiled_scatter)
 
+# %% ../nbs/20_experts.ipynb #aca94484
+def _compiled_token(experts, x, chosen):
+    "The chosen experts of one token: the same products, without what many tokens need"
+    (E, n, D), ends, library = experts.up.shape, chosen.flatten().cumsum(0), _kernel()
+    gather, scatter = (getattr(library, f'{product}_{_C_NAMES[x.dtype]}') for product in ('gather', 'scatter'))
+    pairs, out = int(ends[-1]), x.new_zeros(1, D)
+    tokens = ends.new_zeros(pairs)
+    def up(w, b):
+        h, where = x.new_empty(pairs, n), (x.data_ptr(), w.data_ptr(), None if b is None else b.data_ptr())
+        gather(*where, tokens.data_ptr(), ends.data_ptr(), E, h.data_ptr(), n, D, 0, pairs)
+        return h
+    h = up(experts.up, experts.up_bias)
+    h = experts.act(h) if experts.gate is None else experts.act(up(experts.gate, experts.gate_bias)) * h
+    h = _ready(experts, h).contiguous()
+    scatter(h.data_ptr(), experts.down.data_ptr(), tokens.data_ptr(), ends.data_ptr(), E, out.data_ptr(), n, D, 0, D)
+    return out if experts.bias is None else out.add_(experts.bias)
+
+def _by_compiled(experts, x, chosen):
+    "The chosen experts, by the compiled products"
+    small = torch.get_num_threads() == 1 or experts.up.numel() < 4_000_000  # one thread does it best
+    if len(x) == 1 and small and x.dtype != torch.bfloat16 and not torch.is_grad_enabled():
+        return _compiled_token(experts, x.contiguous(), chosen)
+    return _by_pairs(_COMPILED, experts, x, chosen)
+
 # %% ../nbs/20_experts.ipynb #e02a1920
 @dataclass(frozen=True)
 class _Plan:
@@ -550,6 +604,7 @@ class _Plan:
     run: Callable           # (experts, x, chosen) to (N, D)
     why_not: Callable       # (experts, x) to the reason why it cannot run, '' if it can
     drops: bool = False     # Does it apply the layer's dropout?
+    joins: Callable = lambda experts, x, shared: False  # does `run` take `shared`, what every token uses, as well?
 
     def refuses(self, experts, x):
         "The reason why it cannot run now, '' if it can"
@@ -563,8 +618,10 @@ def _mixed(experts, x):
     "Do input and weights differ in precision, or may torch change it?"
     if torch.is_autocast_enabled(x.device.type):
         return 'autocast chooses the precision'
-    weights = {str(w.dtype) for w in (experts.up, experts.down)}
-    return '' if weights == {str(x.dtype)} else f"the input is {x.dtype}, the weights are {', '.join(sorted(weights))}"
+    if x.dtype == experts.up.dtype == experts.down.dtype:
+        return ''
+    weights = sorted({str(w.dtype) for w in (experts.up, experts.down)})
+    return f"the input is {x.dtype}, the weights are {', '.join(weights)}"
 
 def _no_grouped(experts, x):
     "Why `grouped_mm` cannot be used"
@@ -591,7 +648,7 @@ plans: dict[str, _Plan] = {
     'token': _Plan(_token, lambda experts, x: _mixed(experts, x) or 'it is for 4 tokens at most' * (len(x) > 4),
                    drops=True),
     'grouped': _Plan(lambda *args: _by_pairs(_GROUPED, *args), _no_grouped, drops=True),
-    'compiled': _Plan(lambda *args: _by_pairs(_COMPILED, *args), _no_compiled, drops=True)}
+    'compiled': _Plan(_by_compiled, _no_compiled, drops=True)}
 
 # %% ../nbs/20_experts.ipynb #1f1ff325
 _NAMES = 'masked', 'loop', 'token', 'grouped', 'compiled'
@@ -657,9 +714,10 @@ def choose_plan(
     "Name the plan that is fastest for this much work, of those that can run"
     if not len(x) or x.is_meta or torch.compiler.is_compiling() or _mixed(experts, x):
         return 'masked'
-    share = chosen.sum().item() / chosen.numel() if x.device.type == 'cpu' else 0.2  # no wait for another device
-    tokens = 2 ** round(math.log2(len(x)))
-    order = _order(x.device.type, str(x.dtype).removeprefix('torch.'), tokens, experts.expert_size, round(share, 2))
+    tokens, share = 2 ** round(math.log2(len(x))), 0.2
+    if x.device.type == 'cpu' and tokens > 1:  # no wait for another device; one token needs no count
+        share = round(chosen.sum().item() / chosen.numel(), 2)
+    order = _order(x.device.type, str(x.dtype).removeprefix('torch.'), tokens, experts.expert_size, share)
     return next((name for name in order if not plans[name].refuses(experts, x)), 'masked')
 
 # %% ../nbs/20_experts.ipynb #6e78caa7
@@ -670,27 +728,38 @@ def _check_call(experts, x, chosen):
     if chosen.dtype != torch.bool or chosen.shape != (len(x), experts.n_experts):
         raise ValueError(f"`chosen` must be bool {(len(x), experts.n_experts)}, got {chosen.dtype} "
                          f"{tuple(chosen.shape)}")
-    devices = {str(t.device) for t in (x, chosen, experts.up, experts.down)}
-    if len(devices) > 1:
+    if not x.device == chosen.device == experts.up.device == experts.down.device:
+        devices = {str(t.device) for t in (x, chosen, experts.up, experts.down)}
         raise ValueError(f"`x`, `chosen` and the weights are on different devices: {sorted(devices)}")
+
+def _plan_for(experts, x, chosen):
+    "The plan that runs"
+    if experts.plan == 'auto':
+        return plans[choose_plan(experts, x, chosen)]
+    if not _is_known(experts.plan, plans):
+        raise ValueError(f"`plan` must be 'auto' or one of {', '.join(plans)}, got {experts.plan!r}")
+    reason = plans[experts.plan].refuses(experts, x)
+    if reason:
+        raise ValueError(f"`plan` {experts.plan!r} cannot run here: {reason}; use 'auto'")
+    return plans[experts.plan]
 
 @patch
 def forward(
     self: Experts,
     x: torch.Tensor,                     # (N, D)
     chosen: torch.Tensor | None = None,  # (N, E) bool; all experts if not given
+    shared: nn.Module | None = None,     # What every token uses, (N, D) to (N, D)
 ) -> torch.Tensor:                       # (N, D)
-    "Sum of the `chosen` experts, and the bias"
+    "Sum of the `chosen` experts, the bias, and `shared`"
     if chosen is None:
-        return self.dense(x)
-    _check_call(self, x, chosen)
-    name = choose_plan(self, x, chosen) if self.plan == 'auto' else self.plan
-    if not _is_known(name, plans):
-        raise ValueError(f"`plan` must be 'auto' or one of {', '.join(plans)}, got {name!r}")
-    reason = plans[name].refuses(self, x)
-    if reason:
-        raise ValueError(f"`plan` {name!r} cannot run here: {reason}; use 'auto'")
-    return plans[name].run(self, x, chosen)
+        y = self.dense(x)
+    else:
+        _check_call(self, x, chosen)
+        plan = _plan_for(self, x, chosen)
+        if shared is not None and plan.joins(self, x, shared):
+            return plan.run(self, x, chosen, shared)
+        y = plan.run(self, x, chosen)
+    return y if shared is None else y + shared(x)
 
 # %% ../nbs/20_experts.ipynb #41906abb
 @torch.no_grad()

@@ -91,60 +91,80 @@ def _precision(dtype):
 
 # %% ../nbs/26_gpu_experts.ipynb #cf71be3e
 @_jit
-def _experts_kernel(x, tokens, counts, up, gate, down, up_bias, gate_bias, out, N, D, n, ACT: tl.constexpr,
-                    GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-                    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    "What BN neurons of one expert add to the outputs of BM of its tokens"
-    e, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BM
-    count = tl.load(counts + e)
-    if first < count:
-        rows, j = first + tl.arange(0, BM), tl.program_id(2) * BN + tl.arange(0, BN)
-        real, there = rows < count, j < n
-        t = tl.load(tokens + e * N + rows, mask=real, other=0).to(tl.int64)
-        h, g = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
-        for start in range(0, D, BD):
-            d = start + tl.arange(0, BD)
-            a = tl.load(x + t[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-            where, inside = (e * n + j)[None, :] * D + d[:, None], there[None, :] & (d < D)[:, None]
-            h += _dot(a, tl.load(up + where, mask=inside, other=0.0), PRECISION)
-            if GATED:
-                g += _dot(a, tl.load(gate + where, mask=inside, other=0.0), PRECISION)
-        if UP_BIAS:
-            h += tl.load(up_bias + e * n + j, mask=there, other=0.0).to(tl.float32)[None, :]
-        if GATE_BIAS:
-            g += tl.load(gate_bias + e * n + j, mask=there, other=0.0).to(tl.float32)[None, :]
-        h = _activate(g, ACT) * h if GATED else _activate(h, ACT)
-        h = tl.where(there[None, :], h, 0.0).to(x.dtype.element_ty)
-        for start in range(0, D, BD):
-            d = start + tl.arange(0, BD)
-            where, inside = (e * n + j)[:, None] * D + d[None, :], there[:, None] & (d < D)[None, :]
-            w = tl.load(down + where, mask=inside, other=0.0)
-            tl.atomic_add(out + t[:, None] * D + d[None, :], _dot(h, w, PRECISION),
-                          mask=real[:, None] & (d < D)[None, :], sem='relaxed')
+def _add_neurons(x, t, real, j, there, up, gate, down, up_bias, gate_bias, out, D, scale, ACT: tl.constexpr,
+                 GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+                 BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    "Add what the neurons `j` (BN) give, times `scale`, to the outputs of the tokens `t` (BM)"
+    h, g = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        a = tl.load(x + t[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+        where, inside = j[None, :] * D + d[:, None], there[None, :] & (d < D)[:, None]
+        h += _dot(a, tl.load(up + where, mask=inside, other=0.0), PRECISION)
+        if GATED:
+            g += _dot(a, tl.load(gate + where, mask=inside, other=0.0), PRECISION)
+    if UP_BIAS:
+        h += tl.load(up_bias + j, mask=there, other=0.0).to(tl.float32)[None, :]
+    if GATE_BIAS:
+        g += tl.load(gate_bias + j, mask=there, other=0.0).to(tl.float32)[None, :]
+    h = _activate(g, ACT) * h if GATED else _activate(h, ACT)
+    h = tl.where(there[None, :], h, 0.0).to(x.dtype.element_ty)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        w = tl.load(down + j[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+        tl.atomic_add(out + t[:, None] * D + d[None, :], _dot(h, w, PRECISION) * scale,
+                      mask=real[:, None] & (d < D)[None, :], sem='relaxed')
 
 # %% ../nbs/26_gpu_experts.ipynb #81f81dde
-def _tiles(tokens: int, n: int) -> dict:
+@_jit
+def _experts_kernel(x, tokens, counts, up, gate, down, up_bias, gate_bias, s_up, s_gate, s_down, s_up_bias, s_gate_bias,
+                    out, N, D, E, n, r, scale, SHARED: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
+                    UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr, S_UP_BIAS: tl.constexpr, S_GATE_BIAS: tl.constexpr,
+                    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    "A tile of the neurons of one expert on a tile of its tokens; expert E is what every token uses"
+    e, rows = tl.program_id(1).to(tl.int64), tl.program_id(0) * BM + tl.arange(0, BM)
+    j = tl.program_id(2) * BN + tl.arange(0, BN)
+    if e < E:
+        count = tl.load(counts + e)
+        if (tl.program_id(0) * BM < count) & (tl.program_id(2) * BN < n):
+            t = tl.load(tokens + e * N + rows, mask=rows < count, other=0).to(tl.int64)
+            _add_neurons(x, t, rows < count, e * n + j, j < n, up, gate, down, up_bias, gate_bias, out, D, 1.0, ACT,
+                         GATED, UP_BIAS, GATE_BIAS, PRECISION, BM, BN, BD)
+    elif SHARED:
+        if tl.program_id(2) * BN < r:
+            _add_neurons(x, rows.to(tl.int64), rows < N, j.to(tl.int64), j < r, s_up, s_gate, s_down, s_up_bias,
+                         s_gate_bias, out, D, scale, ACT, GATED, S_UP_BIAS, S_GATE_BIAS, PRECISION, BM, BN, BD)
+
+# %% ../nbs/26_gpu_experts.ipynb #2d7bab16
+def _tiles(tokens: int, n: int, single: bool) -> dict:
     "Tokens, neurons and inputs of a tile, and warps of a program, for `tokens` in all and experts of `n` neurons"
-    neurons = max(16, triton.next_power_of_2(min(n, 128)))
+    neurons = max(16, triton.next_power_of_2(min(n, 64 if single else 128)))
     if tokens <= 16:
-        return dict(BM=16, BN=min(neurons, 32), BD=128, num_warps=4)
-    return dict(BM=32 if tokens < 512 else 64, BN=neurons, BD=64 if neurons <= 64 else 32, num_warps=4)
+        return dict(BM=16, BN=min(neurons, 32), BD=64 if single else 128, num_warps=4)
+    many = tokens >= 512
+    return dict(BM=64 if many else 32, BN=neurons, BD=32 if single or neurons > 64 else 64,
+                num_warps=8 if many and neurons > 64 else 4)
+
+def _weights(parts, like):
+    "Addresses of up, gate, down and the biases; of `like` for those that are not there and not read"
+    names = 'up', 'gate', 'down', 'up_bias', 'gate_bias'
+    return [like if parts.get(name) is None else parts[name] for name in names]
 
 @torch.no_grad()
-def _fused(experts, x, chosen):
+def _fused(experts, x, chosen, shared=None):
     "The chosen experts: lists of tokens, an output that starts with the bias, and one launch that adds to it"
     (E, n, D), x = experts.up.shape, x.contiguous()
     tokens, counts = _token_lists(chosen)
     out = x.new_zeros(len(x), D, dtype=torch.float32)
     if experts.bias is not None:
         out += experts.bias
-    some = lambda t: experts.up if t is None else t  # an address that is not read
-    tiles = _tiles(len(x), n)
-    _experts_kernel[(triton.cdiv(len(x), tiles['BM']), E, triton.cdiv(n, tiles['BN']))](
-        x, tokens, counts, experts.up, some(experts.gate), experts.down, some(experts.up_bias), some(experts.gate_bias),
-        out, len(x), D, n, ACT=_kernel_act(experts.act), GATED=experts.gate is not None,
-        UP_BIAS=experts.up_bias is not None, GATE_BIAS=experts.gate_bias is not None, PRECISION=_precision(x.dtype),
-        **tiles)
+    own, more = dict(experts.named_parameters(recurse=False)), {} if shared is None else shared.parts
+    r, tiles = len(more.get('up', ())), _tiles(len(x), n, x.dtype == torch.float32)
+    _experts_kernel[(triton.cdiv(len(x), tiles['BM']), E + (r > 0), triton.cdiv(max(n, r), tiles['BN']))](
+        x, tokens, counts, *_weights(own, experts.up), *_weights(more, experts.up), out, len(x), D, E, n, r,
+        getattr(shared, 'scaling', 1.0), SHARED=r > 0, ACT=_kernel_act(experts.act), GATED=experts.gate is not None,
+        UP_BIAS='up_bias' in own, GATE_BIAS='gate_bias' in own, S_UP_BIAS=more.get('up_bias') is not None,
+        S_GATE_BIAS=more.get('gate_bias') is not None, PRECISION=_precision(x.dtype), **tiles)
     return out.to(x.dtype)
 
 # %% ../nbs/26_gpu_experts.ipynb #a362b4b7
@@ -167,12 +187,16 @@ class _Fused(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
         return (next(found), None, None, *(next(found) if p.requires_grad else None for p in weights))
 
-def _run_fused(experts, x, chosen):
+def _learns(x, *modules):
+    "Is a gradient wanted?"
+    weights = (p for m in modules for p in m.parameters(recurse=False))
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights))
+
+def _run_fused(experts, x, chosen, shared=None):
     "The plan: with gradients where they are wanted"
-    weights = list(experts.parameters(recurse=False))
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights)):
-        return _Fused.apply(x, chosen, experts, *weights)
-    return _fused(experts, x, chosen)
+    if _learns(x, experts):
+        return _Fused.apply(x, chosen, experts, *experts.parameters(recurse=False))
+    return _fused(experts, x, chosen, shared)
 
 # %% ../nbs/26_gpu_experts.ipynb #4802041c
 def _no_triton(experts, x):
@@ -181,10 +205,22 @@ def _no_triton(experts, x):
         return 'Triton is not installed; it comes with the CUDA builds of torch'
     if x.device.type != 'cuda' and os.environ.get('TRITON_INTERPRET') != '1':
         return f'it is for GPUs, not for {x.device.type}'
+    if x.device.type == 'cuda' and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return 'Triton uses the tensor cores of GPUs from compute capability 8.0 on only'
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f'it has no products in {x.dtype}'
     if not all(p.is_contiguous() for p in experts.parameters(recurse=False)):
         return 'the weights are not contiguous'
     return _mixed(experts, x) or ('' if _kernel_act(experts.act) else f'it has no {type(experts.act).__name__}')
 
-plans['triton'] = _Plan(_run_fused, _no_triton)
+def _joins(experts, x, shared):
+    "Can the neurons of `shared` run in the same launch? Only alone, alike, and where nothing learns or drops out"
+    parts = getattr(shared, 'parts', None)
+    if parts is None or getattr(shared, 'beside', None) is not None or _learns(x, experts, shared):
+        return False
+    drop, weights = parts.get('dropout'), list(shared.parameters(recurse=False))
+    alike = all(p.dtype == x.dtype and p.is_contiguous() and p.device == x.device for p in weights)
+    same = (parts['gate'] is None) == (experts.gate is None) and _kernel_act(parts['act']) == _kernel_act(experts.act)
+    return alike and same and (drop is None or not drop.training or drop.p == 0)
+
+plans['triton'] = _Plan(_run_fused, _no_triton, joins=_joins)

@@ -34,6 +34,7 @@ def _neurons(x, up, gate, down, act, up_bias=None, gate_bias=None, dropout=None)
     h = act(h) if gate is None else act(F.linear(x, gate, gate_bias)) * h  # (N, n)
     return (h if dropout is None else dropout(h)) @ down
 
+# %% ../nbs/23_lora_expert.ipynb #1b60c263
 @register_shared
 class SharedNeurons(nn.Module):
     "Neurons that every token uses, beside the experts of a mixture"
@@ -61,9 +62,13 @@ class SharedNeurons(nn.Module):
         return {'d_model': d_model, 'n_neurons': n, 'gated': self.gate is not None, 'act': _act_name(self.act),
                 'up_bias': self.up_bias is not None, 'gate_bias': self.gate_bias is not None}
 
-    def forward(self, x):
-        return _neurons(x, self.up, self.gate, self.down, self.act, self.up_bias, self.gate_bias,
-                        self.dropout)  # (N, D)
+    @property
+    def parts(self) -> dict:
+        "What `_neurons` needs"
+        return dict(up=self.up, gate=self.gate, down=self.down, act=self.act, up_bias=self.up_bias,
+                    gate_bias=self.gate_bias, dropout=self.dropout)
+
+    def forward(self, x): return _neurons(x, **self.parts)  # (N, D)
 
 register_flops(SharedNeurons, lambda m, rows: 2 * rows * sum(p.numel() for p in m.parameters() if p.dim() == 2),
                replace=True)
@@ -119,8 +124,13 @@ class LoRAExpert(nn.Module):
         return {'d_model': d_model, 'r': r, 'lora_alpha': self.lora_alpha, 'gated': self.lora_gate is not None,
                 'act': _act_name(self.act), 'init': self.init, 'beside': beside}
 
+    @property
+    def parts(self) -> dict:
+        "What `_neurons` needs"
+        return dict(up=self.lora_up, gate=self.lora_gate, down=self.lora_down, act=self.act)
+
     def forward(self, x):
-        y = self.scaling * _neurons(x, self.lora_up, self.lora_gate, self.lora_down, self.act)  # (N, D)
+        y = self.scaling * _neurons(x, **self.parts)  # (N, D)
         return y if self.beside is None else y + self.beside(x)
 
 # %% ../nbs/23_lora_expert.ipynb #98ac96a8

@@ -112,7 +112,7 @@ class RoutedMoE(MoE):
             raise ValueError("the model hands all tokens to this layer in one row; route them one by one ('token')")
         probs = self.router(x, ids=ids, experts=self.experts)              # (..., E)
         chosen, rows = choose_experts(probs.flatten(0, -2), self.k, self.threshold), x.flatten(0, -2)
-        y = self.experts(rows, chosen) + (0 if self.shared is None else self.shared(rows))
+        y = self.experts(rows, chosen, self.shared)
         p = (probs.flatten(0, -2) * chosen).sum(-1, keepdim=True)          # (N, 1)
         self.seen = (probs.flatten(0, -2), chosen) if self.training else None
         return (y * (p / p.detach())).view(*x.shape[:-1], -1)
