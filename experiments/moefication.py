@@ -2,17 +2,18 @@
 
     python experiments/moefication.py --data_dir DATA --stage tune --jobs 2
     python experiments/moefication.py --data_dir DATA --jobs 2 --minutes 60
+    python experiments/moefication.py --data_dir DATA --stage longer --jobs 2
     python experiments/moefication.py --data_dir DATA --stage sweep --jobs 2
 
-A MiniLM is fine-tuned, ReLU-fied in the middle and fine-tuned on; that is the dense model. Its feed-forward layers are
-split into experts of which a fifth runs for each token: chosen by an oracle or by a router. Then what is left to train
-is trained for as many steps in every method: a LoRA expert (by the labels, or with the dense model as its teacher),
-LoRA on the attentions, all weights; and, as baselines, the same on the dense model. Of larger sets, 9,000 training
-rows serve. The task t5-sst2 is SST-2 asked in words, of a small T5 that is trained here from nothing on all rows and
-recovers on 9,000 of them. The first command tries learning rates on a slice of the training rows, the second runs the
-comparison, the third changes one thing after the other: how many experts run, their size, how neurons are dealt out,
-what chooses, and the rank of the LoRA expert. Each cell leaves a file in experiments/results/moefication; what is there
-is not run again.
+A MiniLM is fine-tuned, ReLU-fied in the middle and fine-tuned on; that is the dense model. Its feed-forward layers
+are split into experts of which a fifth runs for each token: chosen by an oracle or by a router. Then what is left to
+train is trained for as many steps in every method: a LoRA expert (by the labels, or with the dense model as its
+teacher), LoRA on the attentions, all weights, the head alone; and, as baselines, the same on the dense model. Of
+larger sets, 9,000 training rows serve. The task t5-sst2 is SST-2 asked in words, of a small T5 that is trained here
+from nothing on all rows and recovers on 9,000 of them. The first command tries learning rates on a slice of the
+training rows, the second runs the comparison, the third gives some methods twice as many steps, the fourth changes
+one thing after the other: how many experts run, their size, how neurons are dealt out, what chooses, and the rank of
+the LoRA expert. Each cell leaves a file in experiments/results/moefication; what is there is not run again.
 """
 from functools import lru_cache, partial
 from itertools import product
@@ -39,17 +40,18 @@ EPOCHS = {'sst2': 2, 'mnli': 2, 'mrpc': 4, 'cola': 4, 'rte': 6, 't5-sst2': 3}  #
 ROWS = 9000            # training rows at most, of the larger sets, drawn at random; the same for all methods
 RECOVERY = 0.5         # epochs of every recovery, as a share of the dense model's
 DENSE_LR, T5_LR = 1e-4, 1e-3  # the T5 begins with random weights
-DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32)  # a fifth of the experts; a T5 has as many neurons as a MiniLM
+DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32, times=1)  # a fifth of the experts; a T5 has as many neurons as a MiniLM
 RATES = {'expert': (2e-3, 1e-3, 4e-3), 'fitted-expert': (3e-4, 1e-3), 'attention': (1e-3, 5e-4, 2e-3),
-         'full': (5e-5, 2e-5, 1e-4)}
+         'full': (5e-5, 2e-5, 1e-4), 'head': (1e-3, 1e-2)}
 TUNED = ('sst2', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
 ROUTERS = {'mlp': {}, 'paper': dict(contribution='activation', scale='batch'),  # settings of `fit_routers`
            'centroid': dict(router='centroid'), 'hash': dict(router='hash')}
 EXPERT_WAYS = ('expert', 'fitted', 'fitted-expert', 'distilled')  # a LoRA expert trained by labels; fitted to what is
 # left out; fitted, then trained by labels; trained with the dense model as its teacher
 GRID = ('dense', 'mlp', 'mlp+expert', 'mlp+fitted', 'mlp+fitted-expert', 'mlp+distilled', 'oracle-activation',
-        'oracle-distance', 'paper', 'paper+expert', 'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention',
+        'oracle-distance', 'paper', 'paper+expert', 'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'mlp+head',
         'dynamic', 'dynamic+expert', 'dynamic+fitted-expert')
+LONGER = 'mlp+fitted-expert', 'mlp+expert', 'mlp+full', 'dense+full'  # with twice as many steps
 SWEEPS = [
     *((way, dict(k=k)) for k in (5, 14, 24) for way in ('mlp', 'oracle-distance', 'dynamic')),
     *((way, dict(experts=E, k=k)) for E, k in ((12, 2), (24, 5), (96, 19)) for way in ('mlp', 'oracle-distance')),
@@ -66,6 +68,11 @@ def tuning_grid():
 def grid(tasks, seeds, methods=GRID):
     "Cells of the comparison, what decides first; neighbours are of different tasks, so that none waits for the other"
     return [Cell(task, method, seed=seed) for seed, method, task in product(seeds, methods, tasks)]
+
+
+def longer_grid(tasks, seeds, methods=LONGER):
+    "Cells that train for as many epochs as the dense model did"
+    return [Cell(task, method, setting(times=2), seed) for seed, method, task in product(seeds, methods, tasks)]
 
 
 def sweep_grid(tasks, seeds):
@@ -141,17 +148,19 @@ def model_of(way, task, seed, asked, cache):
     return arch
 
 
-def recover(arch, task, way, lr, r, seed, cache):
+def recover(arch, task, way, lr, asked, seed, cache):
     "Train what `way` lets train, and fold it in"
-    epochs, trained_on = RECOVERY * epochs_of(task), at_most(task, ROWS)
+    epochs, trained_on, r = asked['times'] * RECOVERY * epochs_of(task), at_most(task, ROWS), asked['r']
     if way in EXPERT_WAYS:
         add_lora_expert(arch, r=r, seed=seed)
     if way in ('fitted', 'fitted-expert'):
         fit_lora_expert(arch, calibration(task, seed), seed=seed)
     if way == 'attention':
         add_lora(arch, r=8, seed=seed)
-    if way == 'full':
-        arch.model.requires_grad_(True)
+    if way in ('full', 'head'):
+        arch.model.requires_grad_(way == 'full')
+        for name in arch.head_modules:
+            arch.base.get_submodule(name).requires_grad_(True)
     trainable = sum(p.numel() for p in arch.model.parameters() if p.requires_grad)
     settings = dict(lr=lr, seed=seed + 2000, mixed_precision='bf16')
     if way == 'distilled':
@@ -181,7 +190,7 @@ def run(cell, data_dir, cache):
     arch, trainable = model_of(way, task, cell.seed, asked, cache), 0
     if more:
         lr = asked.get('lr') or (best_rate(more) if more != 'fitted' else 0)
-        trainable = recover(arch, task, more, lr, asked['r'], cell.seed, cache)
+        trainable = recover(arch, task, more, lr, asked, cell.seed, cache)
         if way == 'dynamic':  # training has moved the scores
             set_dynamic_k(arch, calibration(task, cell.seed), asked['k'], seed=cell.seed)
     zeros = activation_sparsity(arch, calibration(task, cell.seed), 4096) if cell.method == 'dense' else None
@@ -198,9 +207,9 @@ def run(cell, data_dir, cache):
 def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tasks: str = 'sst2,cola,mrpc,mnli',  # Tasks, with commas
-    methods: str = ','.join(GRID),       # Methods, with commas
+    methods: str = '',                   # Methods, with commas; all of the stage if not given
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'tune' (learning rates), 'grid' (the comparison) or 'sweep'
+    stage: str = 'grid',                 # 'tune' (learning rates), 'grid' (the comparison), 'longer' or 'sweep'
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
@@ -210,7 +219,9 @@ def main(
     "Run the cells that are missing"
     need_data('moefication', data_dir, dry_run)
     names = tasks.split(',')
-    cells = {'tune': tuning_grid, 'grid': lambda: grid(names, range(seeds), methods.split(',')),
+    asked = methods.split(',') if methods else None
+    cells = {'tune': tuning_grid, 'grid': lambda: grid(names, range(seeds), asked or GRID),
+             'longer': lambda: longer_grid(names, range(seeds), asked or LONGER),
              'sweep': lambda: sweep_grid(names, range(seeds))}[stage]()
     run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
                jobs=jobs)

@@ -12,7 +12,7 @@ from tpa_nb.tasks import toy_sentences
 def script(experiment):
     "The script on a toy"
     return experiment('moefication', best_rate=lambda way: 1e-3, EPOCHS={'mrpc': 2},
-                      DEFAULTS=dict(experts=8, k=2, split='kmeans', r=32))
+                      DEFAULTS=dict(experts=8, k=2, split='kmeans', r=32, times=1))
 
 
 def test_methods_share_models_and_get_equal_steps(script, tmp_path):
@@ -34,6 +34,12 @@ def test_methods_share_models_and_get_equal_steps(script, tmp_path):
         assert found[f'{way}+expert']['trainable'] == 2 * grown + 2 * 33
     assert found['mlp+attention']['params'] == found['mlp']['params']
     assert found['mlp']['flops'] < found['mlp+expert']['flops'] < found['dense']['flops'] < found['dense+expert']['flops']
+
+
+def test_twice_as_many_steps(script, tmp_path):
+    once, twice = (script.run(Cell('mrpc', 'mlp+expert', s), data_dir='', cache=tmp_path)['steps'] for s in ('', 'times=2'))
+    assert (once, twice) == (6, 8)
+    assert {c.setting for c in script.longer_grid(['mrpc'], [0])} == {'times=2'}
 
 
 def test_rates_are_chosen_on_training_rows(script, tmp_path):
@@ -69,6 +75,6 @@ def test_the_small_t5_takes_part(script, tmp_path, monkeypatch):
 
 def test_every_way_that_trains_has_learning_rates(experiment):
     script = experiment('moefication')
-    ways = {method.partition('+')[2] for method in script.GRID} - {'', 'fitted'}
+    ways = {method.partition('+')[2] for method in (*script.GRID, *script.LONGER)} - {'', 'fitted'}
     assert {'expert' if way == 'distilled' else way for way in ways} == set(script.RATES)
     assert {c.method for c in script.tuning_grid()} == {f'tune-{way}' for way in script.RATES}

@@ -578,23 +578,25 @@ def _compiled_token(experts, x, chosen):
     "The chosen experts of one token: the same products, without what many tokens need"
     (E, n, D), ends, library = experts.up.shape, chosen.flatten().cumsum(0), _kernel()
     gather, scatter = (getattr(library, f'{product}_{_C_NAMES[x.dtype]}') for product in ('gather', 'scatter'))
-    pairs, out = int(ends[-1]), x.new_zeros(1, D)
+    row = x.float() if x.dtype == torch.bfloat16 else x.contiguous()
+    pairs, out = int(ends[-1]), row.new_zeros(1, D)
     tokens = ends.new_zeros(pairs)
     def up(w, b):
-        h, where = x.new_empty(pairs, n), (x.data_ptr(), w.data_ptr(), None if b is None else b.data_ptr())
+        b = None if b is None else b.to(row.dtype)
+        h, where = row.new_empty(pairs, n), (row.data_ptr(), w.data_ptr(), None if b is None else b.data_ptr())
         gather(*where, tokens.data_ptr(), ends.data_ptr(), E, h.data_ptr(), n, D, 0, pairs)
         return h
     h = up(experts.up, experts.up_bias)
     h = experts.act(h) if experts.gate is None else experts.act(up(experts.gate, experts.gate_bias)) * h
     h = _ready(experts, h).contiguous()
     scatter(h.data_ptr(), experts.down.data_ptr(), tokens.data_ptr(), ends.data_ptr(), E, out.data_ptr(), n, D, 0, D)
-    return out if experts.bias is None else out.add_(experts.bias)
+    return (out if experts.bias is None else out.add_(experts.bias)).to(x.dtype)
 
 def _by_compiled(experts, x, chosen):
     "The chosen experts, by the compiled products"
     small = torch.get_num_threads() == 1 or experts.up.numel() < 4_000_000  # one thread does it best
-    if len(x) == 1 and small and x.dtype != torch.bfloat16 and not torch.is_grad_enabled():
-        return _compiled_token(experts, x.contiguous(), chosen)
+    if len(x) == 1 and small and not torch.is_grad_enabled():
+        return _compiled_token(experts, x, chosen)
     return _by_pairs(_COMPILED, experts, x, chosen)
 
 # %% ../nbs/20_experts.ipynb #e02a1920
