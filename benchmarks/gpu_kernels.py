@@ -57,7 +57,7 @@ def compiled(chip, dtype, tokens, size, gated, act):
     import triton
     from triton.backends.compiler import GPUTarget
     capability, most = CHIPS[chip]
-    tiles = gpu_experts._tiles(tokens, size, dtype == 'float32')
+    tiles = gpu_experts._tiles(tokens, size, dtype == 'float32', capability >= 90)
     warps = tiles.pop('num_warps')
     made = triton.compile(source(dtype, tiles, gated, act), target=GPUTarget('cuda', capability, 32),
                           options={'num_warps': warps})

@@ -117,6 +117,10 @@ def _names() -> list[str]:
     _is_known('triton', plans)  # at the latest now
     return ['auto', *plans, *_RIVALS]
 
+def _usual_names() -> list[str]:
+    "What is timed if nothing is said: transformers' functions as rivals only, and nothing that compiles long"
+    return [n for n in _names() if n != 'torch.compile' and not n.startswith('transformers:')]
+
 def _plain_loop(experts, case):
     "For each expert: find its tokens, run it, add what it gives"
     out = torch.zeros_like(case.x)
@@ -331,7 +335,7 @@ def bench_experts(
     _check_layer(d_model, d_ff, n_experts, shares)
     give_up, = _listed('give_up', give_up, float)
     settings = SimpleNamespace(repeats=repeats, warmup=warmup, clock=clock, give_up=give_up)
-    rows, names = [], [n for n in _names() if n != 'torch.compile'] if names is None else list(names)
+    rows, names = [], _usual_names() if names is None else list(names)
     for E in n_experts:
         experts = _layer(d_model, d_ff, E, gated, bias, _DTYPES[dtype], where)
         for k in dict.fromkeys(max(1, round(share * E)) for share in shares):
@@ -730,7 +734,7 @@ def run_bench(
 def _asked(o):
     "What `run_bench` was asked for, looked at: layer, precisions, sizes of T5 and settings of the measurement"
     device = o.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    names = [n.strip() for n in o.names.split(',')] if o.names else [n for n in _names() if n != 'torch.compile']
+    names = [n.strip() for n in o.names.split(',')] if o.names else _usual_names()
     names += ['torch.compile'] * (o.compile and 'torch.compile' not in names)
     dtypes, sizes = [d.strip() for d in o.dtypes.split(',')], [s.strip() for s in o.sizes.split(',')] if o.sizes else []
     layer = dict(d_model=o.d_model, d_ff=o.d_ff, n_experts=_listed('n_experts', o.n_experts),

@@ -136,14 +136,18 @@ def _experts_kernel(x, tokens, counts, up, gate, down, up_bias, gate_bias, s_up,
                          s_gate_bias, out, D, scale, ACT, GATED, S_UP_BIAS, S_GATE_BIAS, PRECISION, BM, BN, BD)
 
 # %% ../nbs/26_gpu_experts.ipynb #2d7bab16
-def _tiles(tokens: int, n: int, single: bool) -> dict:
+def _tiles(tokens: int, n: int, single: bool, hopper: bool) -> dict:
     "Tokens, neurons and inputs of a tile, and warps of a program, for `tokens` in all and experts of `n` neurons"
     neurons = max(16, triton.next_power_of_2(min(n, 64 if single else 128)))
     if tokens <= 16:
         return dict(BM=16, BN=min(neurons, 32), BD=64 if single else 128, num_warps=4)
-    many = tokens >= 512
+    many = tokens >= 512 and (hopper or not single)  # before Hopper such tiles of single precision do not fit
     return dict(BM=64 if many else 32, BN=neurons, BD=32 if single or neurons > 64 else 64,
                 num_warps=8 if many and neurons > 64 else 4)
+
+def _is_hopper(device):
+    "Has the GPU the wide products of compute capability 9.0?"
+    return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (9, 0)
 
 def _weights(parts, like):
     "Addresses of up, gate, down and the biases; of `like` for those that are not there and not read"
@@ -159,7 +163,7 @@ def _fused(experts, x, chosen, shared=None):
     if experts.bias is not None:
         out += experts.bias
     own, more = dict(experts.named_parameters(recurse=False)), {} if shared is None else shared.parts
-    r, tiles = len(more.get('up', ())), _tiles(len(x), n, x.dtype == torch.float32)
+    r, tiles = len(more.get('up', ())), _tiles(len(x), n, x.dtype == torch.float32, _is_hopper(x.device))
     _experts_kernel[(triton.cdiv(len(x), tiles['BM']), E + (r > 0), triton.cdiv(max(n, r), tiles['BN']))](
         x, tokens, counts, *_weights(own, experts.up), *_weights(more, experts.up), out, len(x), D, E, n, r,
         getattr(shared, 'scaling', 1.0), SHARED=r > 0, ACT=_kernel_act(experts.act), GATED=experts.gate is not None,
