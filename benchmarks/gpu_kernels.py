@@ -70,7 +70,7 @@ def compiled(chip, dtype, tokens, size, gated, act):
 def parse(argv):
     "The options"
     parser = command_line(__doc__)
-    parser.add_argument('--chips', nargs='+', default=['A100', 'RTX 4090', 'H100'], choices=list(CHIPS))
+    parser.add_argument('--chips', nargs='+', default=list(CHIPS), choices=list(CHIPS))
     parser.add_argument('--dtypes', nargs='+', default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument('--tokens', nargs='+', type=int, default=[1, 64, 8192])
     parser.add_argument('--sizes', nargs='+', type=int, default=[32, 128], help='neurons of an expert')

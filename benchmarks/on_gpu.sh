@@ -13,12 +13,15 @@ python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "on_g
 run() { echo "== $*"; "$@" || failed+=("$*"); }
 
 run pytest -n0 tests/test_notebooks.py --nb_flags cuda
+export TPA_CACHE="$(mktemp -d)"  # where the table is looked for by what comes after it
 run python -c "from tpa_nb.experts import calibrate_plans
-calibrate_plans(device='cuda', tokens=(1, 8, 64, 512, 8192), path='$out/plans_gpu.json')"
+calibrate_plans(device='cuda', tokens=(1, 8, 64, 512, 8192))"
+cp "$TPA_CACHE/plans.json" "$out/plans_gpu.json"
 run tpa_bench --device cuda --dtypes float32,bfloat16 --shares 0.2 --tokens 1,8,64,512,8192 \
     --sizes small,base,large,3b --compile --output_dir "$out/bench_gpu"
 run tpa_bench --device cuda --dtypes bfloat16 --d_model 1024 --d_ff 16384 --n_experts 128,512 --tokens 1,8 \
     --output_dir "$out/bench_decoding_gpu"
+run python benchmarks/whole_t5.py --device cuda --sizes small base large 3b --batch 64x128 --out "$out/whole_t5_gpu.json"
 run python benchmarks/fused.py --device cuda --shapes 32x128 256x128 --dtypes float32 bfloat16 \
     --out "$out/fused_gpu.json"
 run python benchmarks/pruned_forward.py --device cuda --shapes 32x128 64x128 --dtypes float32 bfloat16 \

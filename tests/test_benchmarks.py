@@ -54,6 +54,19 @@ def test_commands_for_a_gpu_have_the_options_that_they_give(benchmark):
         assert {w for w in words if w.startswith('--')} <= known
 
 
+def test_what_follows_on_a_gpu_uses_the_table_that_was_made(benchmark):
+    script = ON_GPU.read_text()
+    assert 'export TPA_CACHE' in script and 'path=' not in script.partition('calibrate_plans(')[2].partition(')')[0]
+
+
+def test_a_whole_t5_is_timed_with_its_routers(benchmark, tmp_path, monkeypatch):
+    bench, out = benchmark('whole_t5'), tmp_path / 't5.json'
+    monkeypatch.setitem(bench.SIZES, 'small', dict(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16, vocab_size=64))
+    bench.main(['--batch', '2x8', '--expert_size', '8', '--repeats', '2', '--out', str(out)])
+    row, = json.loads(out.read_text())['rows']
+    assert 0 < row['floor'] and row['ratio'] > 0 and row['paper'] == 1.348 and (row['batch'], row['length']) == (2, 8)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU, which it would use for minutes')
 def test_without_a_gpu_the_command_says_so():
     done = subprocess.run(['bash', ON_GPU], capture_output=True, text=True)

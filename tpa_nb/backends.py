@@ -61,13 +61,14 @@ def _run(name, ex, x, chosen):
     return out if ex.bias is None else out + ex.bias
 
 @lru_cache
-def _failure(name, device, dtype, gated, biased):
-    "Why the function `name` does not do for such a layer, '' if it does"
+def _failure(name, device, dtype, gated, biased, odd_size=0, odd_width=0):
+    "Why the function `name` does not do for such a layer, '' if it does; some want rows of a multiple of 16 bytes"
     g = torch.Generator().manual_seed(0)
     def draw(*shape): return (torch.randn(*shape, generator=g) / 4).to(device, dtype)
-    parts = dict(gate=draw(4, 16, 32) if gated else None, up_bias=draw(4, 16) if biased else None)
-    ex = Experts(draw(4, 16, 32), draw(4, 16, 32), nn.ReLU(), **parts).requires_grad_(False)
-    x, chosen = draw(5, 32), (torch.rand(5, 4, generator=g) < 0.5).to(device)
+    n, D = 16 + odd_size, 32 + odd_width
+    parts = dict(gate=draw(4, n, D) if gated else None, up_bias=draw(4, n) if biased else None)
+    ex = Experts(draw(4, n, D), draw(4, n, D), nn.ReLU(), **parts).requires_grad_(False)
+    x, chosen = draw(5, D), (torch.rand(5, 4, generator=g) < 0.5).to(device)
     try:
         got, want = _run(name, ex, x, chosen).double(), plans['masked'].run(ex, x, chosen).double()
     except Exception as e:  # it is somebody else's, and may fail in any way
@@ -83,7 +84,8 @@ def _why_not(name, ex, x):
     if ex.gate is not None and name != 'batched_mm':
         return 'it wants the weights of gate and up in one tensor'
     biased = ex.up_bias is not None or ex.gate_bias is not None
-    return _mixed(ex, x) or _failure(name, x.device, x.dtype, ex.gate is not None, biased)
+    return _mixed(ex, x) or _failure(name, x.device, x.dtype, ex.gate is not None, biased, ex.expert_size % 16,
+                                     ex.d_model % 16)
 
 def _most_copied(ex, x):
     "Why `batched_mm` cannot run for so many tokens: it copies an expert for each pair"

@@ -596,7 +596,7 @@ def _between(plan, N, E, k, n, D, m, touched, size):
         'masked': lambda: size * (per + 2) * N * E * n + N * E,
         'compiled': lambda: size * per * pairs * n + 3 * rows,
         'grouped': lambda: size * per * pairs * n + (4 + 3 * wide + (1 + wide) * (wide > 1)) * rows,
-        'loop': lambda: size * per * pairs * n + 7 * rows + 2 * size * N * D * touched,
+        'loop': lambda: size * per * pairs * n + 7 * rows,
         'triton': lambda: (1 + 2 * wide * math.ceil(n / 128)) * rows + N * E,
         'token': lambda: size * per * pairs * n + 2 * rows + size * m * (pairs - touched) * n * D,
         'plain loop': lambda: size * per * pairs * n + 7 * rows,

@@ -46,6 +46,11 @@ def _own(tensor: torch.Tensor | None) -> nn.Parameter | None:
         return None
     return nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format))
 
+def _weights(experts):
+    "The weights and biases there are; of parametrized ones, what they are now"
+    parts = experts.up, experts.down, experts.gate, experts.up_bias, experts.gate_bias, experts.bias
+    return [part for part in parts if part is not None]
+
 def _check_shapes(up, **others):
     "Raise unless the weights belong together"
     E, n, D = up.shape if up.dim() == 3 else (0, 0, 0)
@@ -200,6 +205,8 @@ def _loop(experts, x, chosen):
     for e, rows in enumerate(tokens.split(counts)):
         if len(rows):
             out.index_add_(0, rows, experts.output(x[rows], e).to(out.dtype))
+    if not len(tokens):
+        out = out + x[:, :0].sum()  # zero, but one that gradients find
     return out if experts.bias is None else out + experts.bias.to(out.dtype)
 
 # %% ../nbs/20_experts.ipynb #03c9dd07
@@ -553,10 +560,11 @@ def _shared_out(call, n, unit, work):
 
 # %% ../nbs/20_experts.ipynb #05f7b3fa
 _C_NAMES = {torch.float32: 'float', torch.float64: 'double', torch.bfloat16: 'bfloat16'}
+_SUMS = {torch.bfloat16: torch.float32}  # in what sums are formed, if not in the precision of the weights
 
 def _compiled_gather(x, w, b, tokens, ends):
     "The gathering product, compiled; of weights in bfloat16 in float32"
-    x, b = (t if t is None or w.dtype != torch.bfloat16 else t.float() for t in (x, b))
+    x, b = (t if t is None else t.to(_SUMS.get(w.dtype, w.dtype)) for t in (x, b))
     (E, n, D), h = w.shape, x.new_empty(len(tokens), w.shape[1])
     run = getattr(_kernel(), f'gather_{_C_NAMES[w.dtype]}')
     where = [t if t is None else t.data_ptr() for t in (x, w, b, tokens, ends)]
@@ -565,6 +573,7 @@ def _compiled_gather(x, w, b, tokens, ends):
 
 def _compiled_scatter(h, w, tokens, ends, n_tokens):
     "The scattering product, compiled; `h` is as `_compiled_gather` gives it"
+    h = h.to(_SUMS.get(w.dtype, w.dtype)).contiguous()  # whatever the activation made of it
     (E, n, D), out = w.shape, h.new_zeros(n_tokens, w.shape[2])
     run = getattr(_kernel(), f'scatter_{_C_NAMES[w.dtype]}')
     where = [t.data_ptr() for t in (h, w, tokens, ends)]
@@ -578,7 +587,7 @@ def _compiled_token(experts, x, chosen):
     "The chosen experts of one token: the same products, without what many tokens need"
     (E, n, D), ends, library = experts.up.shape, chosen.flatten().cumsum(0), _kernel()
     gather, scatter = (getattr(library, f'{product}_{_C_NAMES[x.dtype]}') for product in ('gather', 'scatter'))
-    row = x.float() if x.dtype == torch.bfloat16 else x.contiguous()
+    row, down = x.to(_SUMS.get(x.dtype, x.dtype)).contiguous(), experts.down
     pairs, out = int(ends[-1]), row.new_zeros(1, D)
     tokens = ends.new_zeros(pairs)
     def up(w, b):
@@ -588,8 +597,8 @@ def _compiled_token(experts, x, chosen):
         return h
     h = up(experts.up, experts.up_bias)
     h = experts.act(h) if experts.gate is None else experts.act(up(experts.gate, experts.gate_bias)) * h
-    h = _ready(experts, h).contiguous()
-    scatter(h.data_ptr(), experts.down.data_ptr(), tokens.data_ptr(), ends.data_ptr(), E, out.data_ptr(), n, D, 0, D)
+    h = _ready(experts, h).to(row.dtype).contiguous()
+    scatter(h.data_ptr(), down.data_ptr(), tokens.data_ptr(), ends.data_ptr(), E, out.data_ptr(), n, D, 0, D)
     return (out if experts.bias is None else out.add_(experts.bias)).to(x.dtype)
 
 def _by_compiled(experts, x, chosen):
@@ -617,13 +626,16 @@ class _Plan:
 
 # %% ../nbs/20_experts.ipynb #82f78530
 def _mixed(experts, x):
-    "Do input and weights differ in precision, or may torch change it?"
+    "Do input and weights differ in precision or place, or may torch change them?"
     if torch.is_autocast_enabled(x.device.type):
         return 'autocast chooses the precision'
-    if x.dtype == experts.up.dtype == experts.down.dtype:
+    if torch.jit.is_tracing():
+        return 'a trace would keep its result'
+    weights = _weights(experts)
+    if all(w.dtype == x.dtype and w.device == x.device for w in weights):
         return ''
-    weights = sorted({str(w.dtype) for w in (experts.up, experts.down)})
-    return f"the input is {x.dtype}, the weights are {', '.join(weights)}"
+    kinds = sorted({str(w.dtype) for w in weights} | {str(w.device) for w in weights if w.device != x.device})
+    return f"the input is {x.dtype}, the weights are {', '.join(kinds)}"
 
 def _no_grouped(experts, x):
     "Why `grouped_mm` cannot be used"
@@ -636,7 +648,7 @@ def _no_compiled(experts, x):
     "Why the compiled products cannot be used"
     if x.device.type != 'cpu' or x.dtype not in _C_NAMES:
         return f'it is for float32, float64 and bfloat16 on a CPU, not for {x.dtype} on {x.device.type}'
-    weights = list(experts.parameters(recurse=False))
+    weights = _weights(experts)
     if not all(p.is_contiguous() for p in weights):
         return 'the weights are not contiguous'
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
@@ -718,9 +730,10 @@ def choose_plan(
         return 'masked'
     tokens, share = 2 ** round(math.log2(len(x))), 0.2
     if x.device.type == 'cpu' and tokens > 1:  # no wait for another device; one token needs no count
-        share = round(chosen.sum().item() / chosen.numel(), 2)
+        share = max(0.01, round(chosen.sum().item() / chosen.numel(), 2))
     order = _order(x.device.type, str(x.dtype).removeprefix('torch.'), tokens, experts.expert_size, share)
-    return next((name for name in order if not plans[name].refuses(experts, x)), 'masked')
+    able = (name for name in order if _is_known(name, plans) and not plans[name].refuses(experts, x))
+    return next(able, 'masked')
 
 # %% ../nbs/20_experts.ipynb #6e78caa7
 def _check_call(experts, x, chosen):
@@ -793,10 +806,13 @@ def calibrate_plans(
     device: str = 'cpu',                                   # What to measure; rows of other devices stay
 ) -> list[dict]:                                           # One row for each combination
     "Measure which plan is fastest on this machine, and remember it"
-    wrong = [s for s in expert_sizes if s < 1 or d_ff % s]
+    wrong = not expert_sizes or [s for s in expert_sizes if s < 1 or d_ff % s]
     if wrong or not 0 < share <= 1 or min(tokens, default=0) < 1:
         raise ValueError(f"`expert_sizes` must divide `d_ff` {d_ff}, `share` be in (0, 1] and `tokens` at least 1; "
                          f"got {tuple(expert_sizes)}, {share!r}, {tuple(tokens)}")
+    unknown = [t for t in dtypes if not isinstance(getattr(torch, t, None), torch.dtype)]
+    if unknown or not dtypes:
+        raise ValueError(f"`dtypes` must be names of torch's, such as 'float32'; got {tuple(dtypes)}")
     kind = torch.device(device).type
     rows = [row for row in _read_table() if row['device'] != kind]
     _is_known('triton', plans)  # at the latest now

@@ -113,8 +113,9 @@ def lora_linear(
         raise ValueError(f"`x`, `lora_A` and `lora_B` must be (..., {n}), (r, {n}) and ({m}, r), got {shapes}")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("`weight` and `bias` must be frozen; their gradients are what this function does without")
-    layer = weight, bias, lora_A, lora_B, scaling
-    if effective is None:
+    layer, mixed = (weight, bias, lora_A, lora_B, scaling), torch.is_autocast_enabled(x.device.type)
+    x = x.to(torch.get_autocast_dtype(x.device.type)) if mixed else x
+    if effective is None or mixed:
         effective = _takes_effective(x, [layer])
     return _Fused.apply(x, (scaling,), effective, *layer[:4])[0]
 

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrize import is_parametrized
 
 # %% ../nbs/26_gpu_experts.ipynb #d87f1d1f
 try:
@@ -21,8 +23,10 @@ except ImportError:  # a CPU build of torch
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 # %% ../nbs/26_gpu_experts.ipynb #8ba63fcd
-from .experts import _loop, _mixed, _Plan, plans
+from .experts import _loop, _mixed, _Plan, _weights, plans
 from .ffn import _act_name
+from .fused import _is_watched
+from .lora_expert import LoRAExpert, SharedNeurons
 
 # %% ../nbs/26_gpu_experts.ipynb #abf94a07
 _jit = triton.jit if triton else lambda f: f
@@ -55,9 +59,9 @@ _KERNEL_ACTS = {'relu': 'relu', 'gelu': 'gelu', 'gelu_python': 'gelu', 'gelu_new
 def _activate(x, ACT: tl.constexpr):
     "The activation named `ACT` of `x`"
     if ACT == 'relu':
-        return tl.maximum(x, 0.0)
+        return tl.where(x < 0, 0.0, x)  # not the larger of both, which hides what is not a number
     if ACT == 'relu2':
-        return tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+        return tl.where(x < 0, 0.0, x * x)
     if ACT == 'silu':
         return x * tl.sigmoid(x)
     if ACT == 'gelu':
@@ -87,7 +91,7 @@ def _precision(dtype):
         return 'interpreter'
     if dtype != torch.float32:
         return 'ieee'
-    return 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'tf32x3'
+    return 'tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'tf32x3'
 
 # %% ../nbs/26_gpu_experts.ipynb #cf71be3e
 @_jit
@@ -149,10 +153,11 @@ def _is_hopper(device):
     "Has the GPU the wide products of compute capability 9.0?"
     return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (9, 0)
 
-def _weights(parts, like):
-    "Addresses of up, gate, down and the biases; of `like` for those that are not there and not read"
-    names = 'up', 'gate', 'down', 'up_bias', 'gate_bias'
-    return [like if parts.get(name) is None else parts[name] for name in names]
+_PARTS = 'up', 'gate', 'down', 'up_bias', 'gate_bias'
+
+def _addresses(parts, like):
+    "Tensors that the kernel gets; `like` for gates and biases that are not there and not read"
+    return [like if parts.get(name) is None else parts[name] for name in _PARTS]
 
 @torch.no_grad()
 def _fused(experts, x, chosen, shared=None):
@@ -162,13 +167,14 @@ def _fused(experts, x, chosen, shared=None):
     out = x.new_zeros(len(x), D, dtype=torch.float32)
     if experts.bias is not None:
         out += experts.bias
-    own, more = dict(experts.named_parameters(recurse=False)), {} if shared is None else shared.parts
+    own, more = {name: getattr(experts, name) for name in _PARTS}, {} if shared is None else shared.parts
     r, tiles = len(more.get('up', ())), _tiles(len(x), n, x.dtype == torch.float32, _is_hopper(x.device))
     _experts_kernel[(triton.cdiv(len(x), tiles['BM']), E + (r > 0), triton.cdiv(max(n, r), tiles['BN']))](
-        x, tokens, counts, *_weights(own, experts.up), *_weights(more, experts.up), out, len(x), D, E, n, r,
+        x, tokens, counts, *_addresses(own, own['up']), *_addresses(more, own['up']), out, len(x), D, E, n, r,
         getattr(shared, 'scaling', 1.0), SHARED=r > 0, ACT=_kernel_act(experts.act), GATED=experts.gate is not None,
-        UP_BIAS='up_bias' in own, GATE_BIAS='gate_bias' in own, S_UP_BIAS=more.get('up_bias') is not None,
-        S_GATE_BIAS=more.get('gate_bias') is not None, PRECISION=_precision(x.dtype), **tiles)
+        UP_BIAS=own['up_bias'] is not None, GATE_BIAS=own['gate_bias'] is not None,
+        S_UP_BIAS=more.get('up_bias') is not None, S_GATE_BIAS=more.get('gate_bias') is not None,
+        PRECISION=_precision(x.dtype), **tiles)
     return out.to(x.dtype)
 
 # %% ../nbs/26_gpu_experts.ipynb #a362b4b7
@@ -176,14 +182,14 @@ class _Fused(torch.autograd.Function):
     "The fused forward pass, with the gradients of the loop over experts"
     @staticmethod
     def forward(ctx, x, chosen, experts, *weights):
-        ctx.save_for_backward(x, chosen)
+        ctx.save_for_backward(x, chosen, *weights)  # weights too: torch then sees if they change before the way back
         ctx.experts = experts
         return _fused(experts, x, chosen)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        x, chosen = ctx.saved_tensors
-        weights = [p for p in ctx.experts.parameters(recurse=False)]
+        x, chosen, *weights = ctx.saved_tensors
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             y = _loop(ctx.experts, x, chosen)
@@ -213,17 +219,20 @@ def _no_triton(experts, x):
         return 'Triton uses the tensor cores of GPUs from compute capability 8.0 on only'
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f'it has no products in {x.dtype}'
-    if not all(p.is_contiguous() for p in experts.parameters(recurse=False)):
-        return 'the weights are not contiguous'
+    if is_parametrized(experts) or not all(w.is_contiguous() for w in _weights(experts)):
+        return 'the weights are parametrized, or not contiguous'
     return _mixed(experts, x) or ('' if _kernel_act(experts.act) else f'it has no {type(experts.act).__name__}')
 
 def _joins(experts, x, shared):
-    "Can the neurons of `shared` run in the same launch? Only alone, alike, and where nothing learns or drops out"
-    parts = getattr(shared, 'parts', None)
-    if parts is None or getattr(shared, 'beside', None) is not None or _learns(x, experts, shared):
+    "Can the neurons of `shared` run in the same launch? Only alone, alike, and where nobody watches, learns or drops"
+    if type(shared) not in (SharedNeurons, LoRAExpert) or getattr(shared, 'beside', None) is not None:
         return False
+    if is_parametrized(shared) or _is_watched(shared) or _learns(x, experts, shared):
+        return False
+    parts = shared.parts
     drop, weights = parts.get('dropout'), list(shared.parameters(recurse=False))
-    alike = all(p.dtype == x.dtype and p.is_contiguous() and p.device == x.device for p in weights)
+    alike = all(p.dtype == x.dtype and p.is_contiguous() and p.device == x.device and p.shape[1:] in ((), x.shape[1:])
+                for p in weights)
     same = (parts['gate'] is None) == (experts.gate is None) and _kernel_act(parts['act']) == _kernel_act(experts.act)
     return alike and same and (drop is None or not drop.training or drop.p == 0)
 
