@@ -48,7 +48,8 @@ def _own(tensor: torch.Tensor | None) -> nn.Parameter | None:
 
 def _weights(experts):
     "The weights and biases there are; of parametrized ones, what they are now"
-    parts = experts.up, experts.down, experts.gate, experts.up_bias, experts.gate_bias, experts.bias
+    own, names = experts._parameters, ('up', 'down', 'gate', 'up_bias', 'gate_bias', 'bias')
+    parts = own.values() if len(own) == len(names) else [getattr(experts, name) for name in names]  # the first is faster
     return [part for part in parts if part is not None]
 
 def _check_shapes(up, **others):
@@ -625,14 +626,14 @@ class _Plan:
         return self.why_not(experts, x)
 
 # %% ../nbs/20_experts.ipynb #82f78530
-def _mixed(experts, x):
+def _mixed(experts, x, weights=None):
     "Do input and weights differ in precision or place, or may torch change them?"
     if torch.is_autocast_enabled(x.device.type):
         return 'autocast chooses the precision'
     if torch.jit.is_tracing():
         return 'a trace would keep its result'
-    weights = _weights(experts)
-    if all(w.dtype == x.dtype and w.device == x.device for w in weights):
+    weights, dtype, device = weights or _weights(experts), x.dtype, x.device
+    if all([w.dtype == dtype and w.device == device for w in weights]):
         return ''
     kinds = sorted({str(w.dtype) for w in weights} | {str(w.device) for w in weights if w.device != x.device})
     return f"the input is {x.dtype}, the weights are {', '.join(kinds)}"
@@ -649,12 +650,12 @@ def _no_compiled(experts, x):
     if x.device.type != 'cpu' or x.dtype not in _C_NAMES:
         return f'it is for float32, float64 and bfloat16 on a CPU, not for {x.dtype} on {x.device.type}'
     weights = _weights(experts)
-    if not all(p.is_contiguous() for p in weights):
+    if not all([w.is_contiguous() for w in weights]):
         return 'the weights are not contiguous'
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     if x.dtype == torch.bfloat16 and learns:
         return 'it has no gradients in bfloat16'
-    return _mixed(experts, x) or ('' if _kernel() else 'there is no C compiler, or TPA_COMPILE=0 forbids it')
+    return _mixed(experts, x, weights) or ('' if _kernel() else 'there is no C compiler, or TPA_COMPILE=0 forbids it')
 
 plans: dict[str, _Plan] = {
     'masked': _Plan(_masked, lambda experts, x: '', drops=True),
@@ -726,14 +727,16 @@ def choose_plan(
     chosen: torch.Tensor,  # (N, E) bool
 ) -> str:                  # A name in `plans`
     "Name the plan that is fastest for this much work, of those that can run"
-    if not len(x) or x.is_meta or torch.compiler.is_compiling() or _mixed(experts, x):
+    if not len(x) or x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return 'masked'
     tokens, share = 2 ** round(math.log2(len(x))), 0.2
     if x.device.type == 'cpu' and tokens > 1:  # no wait for another device; one token needs no count
         share = max(0.01, round(chosen.sum().item() / chosen.numel(), 2))
     order = _order(x.device.type, str(x.dtype).removeprefix('torch.'), tokens, experts.expert_size, share)
-    able = (name for name in order if _is_known(name, plans) and not plans[name].refuses(experts, x))
-    return next(able, 'masked')
+    for name in order:
+        if _is_known(name, plans) and not plans[name].refuses(experts, x):
+            return 'masked' if name == 'loop' and _mixed(experts, x) else name
+    return 'masked'
 
 # %% ../nbs/20_experts.ipynb #6e78caa7
 def _check_call(experts, x, chosen):
