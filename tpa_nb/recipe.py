@@ -55,7 +55,7 @@ class _Mixing(_Adapting):
     "Experts"
     n_experts: int | None = None         # Experts; 'moefy': of about 32 neurons each; 'moebert': to keep all neurons
     k: int | None = None                 # 'moefy': experts that a token runs; by default a fifth
-    split: str = 'kmeans'                # 'moefy': how neurons are dealt out, as in `split_neurons`
+    split: str = 'coactivation'          # 'moefy': how neurons are dealt out, as in `split_neurons`
     router: str | None = None            # What chooses experts; by default 'mlp' for 'moefy', 'hash' for 'moebert'
     dynamic: bool = False                # 'moefy': let a token run more or fewer, `k` on the mean?
     expert_r: int = 32                   # 'moefy': neurons of the expert that is always on; 0: train all weights
