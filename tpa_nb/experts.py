@@ -49,7 +49,7 @@ def _own(tensor: torch.Tensor | None) -> nn.Parameter | None:
 def _weights(experts):
     "The weights and biases there are; of parametrized ones, what they are now"
     own, names = experts._parameters, ('up', 'down', 'gate', 'up_bias', 'gate_bias', 'bias')
-    parts = own.values() if len(own) == len(names) else [getattr(experts, name) for name in names]  # the first is faster
+    parts = own.values() if len(own) == len(names) else [getattr(experts, name) for name in names]  # faster, and any
     return [part for part in parts if part is not None]
 
 def _check_shapes(up, **others):
