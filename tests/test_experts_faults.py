@@ -10,7 +10,9 @@ from torch.testing import assert_close
 import tpa_nb.gpu_experts  # noqa: F401, brings a plan
 from tpa_nb import experts as experts_module
 from tpa_nb.experts import Experts, _ranked, calibrate_plans, choose_plan, plans
+from tpa_nb.families import tiny_arch, tiny_batch
 from tpa_nb.fused import lora_linear
+from tpa_nb.moe import moefy, moes
 
 CHOSEN = torch.tensor([[True, False, True, False]]).repeat(8, 1)
 
@@ -127,3 +129,11 @@ def test_lora_linear_under_autocast():
         loss = lora_linear(x, W, None, A, B).float().square().mean()
     for got, exact in zip(torch.autograd.grad(loss, (A, B)), want):
         assert got.dtype == torch.float32 and (got - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize('shape', [(0, 3, 32), (2, 0, 32), (0, 32)])
+def test_no_tokens(shape):
+    arch = tiny_arch('bert')
+    moefy(arch, 8, 2, [tiny_batch(arch)], router='centroid', split='random')
+    for moe in moes(arch).values():
+        assert moe(torch.empty(shape)).shape == shape

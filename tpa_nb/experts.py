@@ -655,7 +655,7 @@ def _no_compiled(experts, x):
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     if x.dtype == torch.bfloat16 and learns:
         return 'it has no gradients in bfloat16'
-    return _mixed(experts, x, weights) or ('' if _kernel() else 'there is no C compiler, or TPA_COMPILE=0 forbids it')
+    return _mixed(experts, x, weights) or ('' if _kernel() else 'no C compiler works here, or TPA_COMPILE=0 forbids it')
 
 plans: dict[str, _Plan] = {
     'masked': _Plan(_masked, lambda experts, x: '', drops=True),
@@ -677,7 +677,8 @@ _MEASURED = {  # (tokens, neurons of an expert): time by plan, as share of the d
                  (64, 128): (1.1, 1.5, 9, 1.0, 0.7), (64, 32): (1.1, 3.8, 9, 2.1, 0.69),
                  (512, 128): (1.04, 0.5, 9, 0.41, 0.65), (512, 32): (1.05, 1.3, 9, 0.92, 0.68),
                  (2048, 128): (1.05, 0.32, 9, 0.37, 0.6), (2048, 32): (1.03, 0.66, 9, 0.82, 0.63)}}
-_DEFAULTS = [dict(device='cpu', dtype=dtype, tokens=tokens, expert_size=size, share=0.2, plans=dict(zip(_NAMES, times)))
+_DEFAULTS = [dict(device='cpu', threads=1, dtype=dtype, tokens=tokens, expert_size=size, share=0.2,
+                  plans=dict(zip(_NAMES, times)))
              for dtype, found in _MEASURED.items() for (tokens, size), times in found.items()]
 
 def _distance(row, tokens, size):
@@ -690,7 +691,7 @@ def _more_work(tokens, share, measured):
     few = 1 / (1 + tokens / 8)              # with few tokens reading weights takes the time, with many the products do
     return few * read(share) / read(measured) + (1 - few) * share / measured
 
-def _ranked(table, device, dtype, tokens, size, share):
+def _ranked(table, device, dtype, tokens, size, share, threads=1):
     "Plans, fastest first, by the nearest measurement"
     rows = [r for r in table if r['device'] == device and r['dtype'] == dtype]
     if not rows:
@@ -698,6 +699,8 @@ def _ranked(table, device, dtype, tokens, size, share):
     row = min(rows, key=lambda r: _distance(r, tokens, size))
     more = _more_work(tokens, share, row['share'])
     times = {name: t if name == 'masked' else t * more for name, t in row['plans'].items()}
+    if threads > row.get('threads', threads):  # small products gain little from more threads, the dense layer much
+        times |= {name: 2 * times[name] for name in ('grouped', 'loop', 'token') if name in times}
     return sorted(times, key=times.get)
 
 # %% ../nbs/20_experts.ipynb #07a006f1
@@ -715,11 +718,11 @@ def _read_table() -> list[dict]:
     return _table
 
 @lru_cache(maxsize=1024)
-def _order(device, dtype, tokens, size, share):
+def _order(device, dtype, tokens, size, share, threads):
     "Names of plans, fastest first"
     if device != 'cpu':
         _is_known('triton', plans)  # the module that brings it is imported at the latest now
-    return tuple(_ranked(_read_table(), device, dtype, tokens, size, share))
+    return tuple(_ranked(_read_table(), device, dtype, tokens, size, share, threads))
 
 def choose_plan(
     experts: Experts,      # The experts
@@ -732,7 +735,8 @@ def choose_plan(
     tokens, share = 2 ** round(math.log2(len(x))), 0.2
     if x.device.type == 'cpu' and tokens > 1:  # no wait for another device; one token needs no count
         share = max(0.01, round(chosen.sum().item() / chosen.numel(), 2))
-    order = _order(x.device.type, str(x.dtype).removeprefix('torch.'), tokens, experts.expert_size, share)
+    order = _order(x.device.type, str(x.dtype).removeprefix('torch.'), tokens, experts.expert_size, share,
+                   torch.get_num_threads())
     for name in order:
         if _is_known(name, plans) and not plans[name].refuses(experts, x):
             return 'masked' if name == 'loop' and _mixed(experts, x) else name
@@ -823,8 +827,8 @@ def calibrate_plans(
         E, like = d_ff // size, dict(dtype=getattr(torch, dtype), device=device)
         up, down = (torch.randn(E, size, d_model, **like) / d_model ** 0.5 for _ in range(2))
         ex = Experts(up, down, nn.ReLU(), up_bias=up[..., 0], bias=down[0, 0])
-        rows += [dict(device=kind, dtype=dtype, tokens=n, expert_size=size, share=share,
-                      plans=_time_plans(ex, n, share, repeats)) for n in tokens]
+        rows += [dict(device=kind, threads=torch.get_num_threads(), dtype=dtype, tokens=n, expert_size=size,
+                      share=share, plans=_time_plans(ex, n, share, repeats)) for n in tokens]
     path = Path(path) if path else _cache() / 'plans.json'
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_json(path, {'rows': rows, 'provenance': dict(provenance())})

@@ -126,7 +126,7 @@ def forward(
     "Run the mixture"
     rows = x.reshape(-1, x.shape[-1])
     y = self.experts(rows, _choose(self, rows, None if ids is None else ids.reshape(-1)), self.shared)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 # %% ../nbs/21_moe.ipynb #85123aaf
 def moes(

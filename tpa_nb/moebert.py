@@ -115,7 +115,7 @@ class RoutedMoE(MoE):
         y = self.experts(rows, chosen, self.shared)
         p = (probs.flatten(0, -2) * chosen).sum(-1, keepdim=True)          # (N, 1)
         self.seen = (probs.flatten(0, -2), chosen) if self.training else None
-        return (y * (p / p.detach())).view(*x.shape[:-1], -1)
+        return (y * (p / p.detach())).view(*x.shape[:-1], y.shape[-1])
 
 # %% ../nbs/31_moebert.ipynb #ff74df09
 def _describe_routed(arch):
