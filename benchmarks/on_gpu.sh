@@ -16,7 +16,7 @@ run pytest -n0 tests/test_notebooks.py --nb_flags cuda
 export TPA_CACHE="$(mktemp -d)"  # where the table is looked for by what comes after it
 run python -c "from tpa_nb.experts import calibrate_plans
 calibrate_plans(device='cuda', tokens=(1, 8, 64, 512, 8192))"
-cp "$TPA_CACHE/plans.json" "$out/plans_gpu.json"
+run cp "$TPA_CACHE/plans.json" "$out/plans_gpu.json"
 run tpa_bench --device cuda --dtypes float32,bfloat16 --shares 0.2 --tokens 1,8,64,512,8192 \
     --sizes small,base,large,3b --compile --output_dir "$out/bench_gpu"
 run tpa_bench --device cuda --dtypes bfloat16 --d_model 1024 --d_ff 16384 --n_experts 128,512 --tokens 1,8 \

@@ -5,8 +5,8 @@ neurons, of which `--share` runs for each token, chosen by an MLP router; a LoRA
 models run in turns on the same batch, encoder and decoder; a ratio is the median over neighbouring passes. The floor
 counts FLOPs, routers and LoRA experts included.
 
-    python benchmarks/whole_t5.py --device cuda --sizes small base large 3b --batch 64x128 --out benchmarks/results/whole_t5_gpu.json
-    python benchmarks/whole_t5.py --sizes small --batch 8x128 --threads 1 --clock cpu --out benchmarks/results/whole_t5_cpu.json
+    python benchmarks/whole_t5.py --device cuda --sizes small base large 3b --batch 64x128 --out FILE
+    python benchmarks/whole_t5.py --sizes small base --batch 8x128 --threads 1 --clock cpu --out FILE
 """
 import statistics
 
@@ -15,15 +15,15 @@ from common import CLOCKS, command_line, command_of, set_threads, shape, timing_
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tpa_nb.arch import Arch
+from tpa_nb.bench import T5_SIZES
 from tpa_nb.lora_expert import add_lora_expert, fold_lora_expert
 from tpa_nb.moe import moefy, moes, set_router
 from tpa_nb.profile import count_flops, count_params, latency_together, provenance
 from tpa_nb.router import MLPRouter
 
-SIZES = {'small': dict(d_model=512, d_ff=2048, num_layers=6, num_heads=8),
-         'base': dict(d_model=768, d_ff=3072, num_layers=12, num_heads=12),
-         'large': dict(d_model=1024, d_ff=4096, num_layers=24, num_heads=16),
-         '3b': dict(d_model=1024, d_ff=16384, num_layers=24, num_heads=32, d_kv=128)}
+ATTENTION = {'small': dict(num_heads=8), 'base': dict(num_heads=12), 'large': dict(num_heads=16),
+             '3b': dict(num_heads=32, d_kv=128)}
+SIZES = {name: dict(zip(('d_model', 'd_ff', 'num_layers'), T5_SIZES[name]), **heads) for name, heads in ATTENTION.items()}
 PAPER = {'small': 1.348, 'base': 0.988, 'large': 0.858, '3b': 0.718}  # on an RTX 3090
 
 
@@ -84,8 +84,8 @@ def main(argv=None):
              'rows': []}
     for size in args.sizes:
         found['rows'].append(measure(size, args))
-        print('{model:>8} {dtype}, {batch} x {length}: dense {dense_ms:.1f} ms, {ratio:.3f} of it with experts, floor {floor:.3f}, '
-              'paper {paper}'.format(**found['rows'][-1]), flush=True)
+        print('{model:>8} {dtype}, {batch} x {length}: dense {dense_ms:.1f} ms, {ratio:.3f} of it with experts, floor '
+              '{floor:.3f}, paper {paper}'.format(**found['rows'][-1]), flush=True)
         write(found, args.out)
 
 

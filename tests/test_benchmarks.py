@@ -54,7 +54,7 @@ def test_commands_for_a_gpu_have_the_options_that_they_give(benchmark):
         assert {w for w in words if w.startswith('--')} <= known
 
 
-def test_what_follows_on_a_gpu_uses_the_table_that_was_made(benchmark):
+def test_what_follows_on_a_gpu_uses_the_table_that_was_made():
     script = ON_GPU.read_text()
     assert 'export TPA_CACHE' in script and 'path=' not in script.partition('calibrate_plans(')[2].partition(')')[0]
 

@@ -117,7 +117,8 @@ def test_the_table_in_the_package_fits_what_was_measured(file):
         for absent in ((), ('compiled',))[:1 + (file != 'bench_cpu.json')]:
             ratios = {name: r for name, r in row['ratios'].items() if name in order and name not in absent}
             first = next(name for name in order if name in ratios)
-            assert ratios[first] <= 1.15 * min(ratios.values()), (row['tokens'], row['expert_size'], first)
+            most = 1.15 if row['gated'] and row['dtype'] == 'bfloat16' else 1.1  # the table holds plain layers
+            assert ratios[first] <= most * min(ratios.values()), (row['tokens'], row['expert_size'], first)
 
 
 @pytest.mark.parametrize('verb', [neuron_importance, structure_importance, lambda arch, _: add_lora(arch, targets=('up',))])

@@ -322,7 +322,7 @@ def bench_experts(
     bias: bool = True,                           # With biases
     dtype: str = 'float32',                      # Precision of weights and products
     device: str = 'cpu',                         # 'cpu', 'cuda', ...
-    names: Sequence[str] | None = None,          # Which plans and rivals; all but torch.compile if not given
+    names: Sequence[str] | None = None,          # Plans, rivals; else no torch.compile, no transformers:...
     repeats: int = 9,                            # Timed turns
     warmup: int = 2,                             # Turns before the clock starts
     clock: str = 'wall',                         # 'cpu': the time of this process, on one thread, for a shared CPU
@@ -715,7 +715,7 @@ def run_bench(
     no_bias: bool = False,                 # Without biases
     dtypes: str = 'float32',               # Precisions: float32, bfloat16, float16, float64
     device: str = '',                      # 'cpu', 'cuda', ...; the GPU if there is one
-    names: str = '',                       # Which plans and rivals; all if not given
+    names: str = '',                       # Which plans and rivals; all but transformers' as plans if not given
     compile: bool = False,                 # torch.compile of the masked form too: half a minute for each row
     sizes: str = '',                       # Sizes of T5 to fit time = a * size^b: small,base,large,3b
     size_tokens: str = '512',              # Tokens for them

@@ -304,7 +304,7 @@ def tpa_bench(
     no_bias: store_true = False,    # Without biases
     dtypes: str = 'float32',        # Precisions: float32, bfloat16, float16, float64
     device: str = '',               # 'cpu', 'cuda', ...; the GPU if there is one
-    names: str = '',                # Which plans and rivals, with commas; all if not given
+    names: str = '',                # Plans and rivals, with commas; if not given all but those named transformers:...
     compile: store_true = False,    # torch.compile of the masked form too: half a minute for each row
     sizes: str = '',                # Sizes of T5 to fit time = a * size^b over: small,base,large,3b
     size_tokens: str = '512',       # Tokens for them

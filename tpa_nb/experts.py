@@ -46,10 +46,12 @@ def _own(tensor: torch.Tensor | None) -> nn.Parameter | None:
         return None
     return nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format))
 
+_PARTS = 'up', 'gate', 'down', 'up_bias', 'gate_bias', 'bias'
+
 def _weights(experts):
-    "The weights and biases there are; of parametrized ones, what they are now"
-    own, names = experts._parameters, ('up', 'down', 'gate', 'up_bias', 'gate_bias', 'bias')
-    parts = own.values() if len(own) == len(names) else [getattr(experts, name) for name in names]  # faster, and any
+    "The weights and biases there are; of parametrized ones, which torch does not keep here, what they are now"
+    own = experts._parameters
+    parts = own.values() if len(own) == len(_PARTS) else [getattr(experts, name) for name in _PARTS]
     return [part for part in parts if part is not None]
 
 def _check_shapes(up, **others):

@@ -23,7 +23,7 @@ except ImportError:  # a CPU build of torch
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 # %% ../nbs/26_gpu_experts.ipynb #8ba63fcd
-from .experts import _loop, _mixed, _Plan, _weights, plans
+from .experts import _PARTS, _loop, _mixed, _Plan, _weights, plans
 from .ffn import _act_name
 from .fused import _is_watched
 from .lora_expert import LoRAExpert, SharedNeurons
@@ -153,11 +153,9 @@ def _is_hopper(device):
     "Has the GPU the wide products of compute capability 9.0?"
     return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (9, 0)
 
-_PARTS = 'up', 'gate', 'down', 'up_bias', 'gate_bias'
-
 def _addresses(parts, like):
     "Tensors that the kernel gets; `like` for gates and biases that are not there and not read"
-    return [like if parts.get(name) is None else parts[name] for name in _PARTS]
+    return [like if parts.get(name) is None else parts[name] for name in _PARTS[:-1]]  # the output starts with the last
 
 @torch.no_grad()
 def _fused(experts, x, chosen, shared=None):

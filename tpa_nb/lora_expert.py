@@ -64,7 +64,7 @@ class SharedNeurons(nn.Module):
 
     @property
     def parts(self) -> dict:
-        "What `_neurons` needs"
+        "Weights (n, D), and biases (n,), activation and dropout where there are any"
         return dict(up=self.up, gate=self.gate, down=self.down, act=self.act, up_bias=self.up_bias,
                     gate_bias=self.gate_bias, dropout=self.dropout)
 
@@ -126,7 +126,7 @@ class LoRAExpert(nn.Module):
 
     @property
     def parts(self) -> dict:
-        "What `_neurons` needs"
+        "Weights (n, D), and biases (n,), activation and dropout where there are any"
         return dict(up=self.lora_up, gate=self.lora_gate, down=self.lora_down, act=self.act)
 
     def forward(self, x):
