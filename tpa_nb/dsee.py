@@ -27,8 +27,12 @@ from .save import register_adapter
 
 # %% ../nbs/11_dsee.ipynb #f897cd15
 def _add_sparse(y, x, values, index):
-    "Add S x to `y` (..., out), in place, for `x` (..., in): S has `values` (N,) at rows and columns `index` (2, N)"
+    "Add S x to `y` (..., out), which may change, for `x` (..., in): S has `values` (N,) at `index` (2, N)"
     rows, cols = index
+    shape = y.shape[-1], x.shape[-1]
+    if len(values) * 256 > shape[0] * shape[1]:
+        matrix = values.new_zeros(shape).index_put((rows.long(), cols.long()), values, accumulate=True)
+        return (y + nn.functional.linear(x, matrix)).to(y.dtype)
     return y.index_add_(-1, rows, (x.index_select(-1, cols) * values).to(y.dtype))
 
 # %% ../nbs/11_dsee.ipynb #2f5caffb
