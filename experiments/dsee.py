@@ -6,9 +6,10 @@
 A MiniLM gets a low-rank update of queries and values with a sparse residual, and trains for the same number of steps in
 every cell. Tables are named after those of the paper (Chen et al. 2023): 1 low rank against low rank and sparse at equal
 parameters; 12 the size of the residual and where it sits; 9 which projections; 3 shares of weights that are zeroed
-half-way, under masks of both forms; 7 what decides; 14 in one step or gradually; 6 heads that are removed half-way. The
-first command tries learning rates on a slice of the training rows. Of larger sets, 9,000 training rows serve. Each cell
-leaves a file in experiments/results/dsee; what is there is not run again.
+half-way, under masks of both forms (a share of 0 restarts half-way as well and zeroes nothing); 7 what decides; 14 in
+one step or gradually; 6 heads that are removed half-way. The first command tries learning rates on a slice of the
+training rows. Of larger sets, 9,000 training rows serve. Each cell leaves a file in experiments/results/dsee; what is
+there is not run again.
 """
 import time
 from functools import lru_cache, partial
@@ -34,7 +35,7 @@ EPOCHS = {'rte': 4, 'mrpc': 4, 'cola': 5, 'stsb': 3, 'sst2': 2, 'mnli': 2}  # of
 ROWS = 9000                          # heads have them after half of the steps. Training rows at most
 RATES = (1e-3, 5e-4, 2e-3)
 TUNED = ('cola',)                    # the tasks that rates are chosen on, for each kind of adapter
-R, SPARSE = 8, 64                    # rank and card(Ω) where nothing else is asked for
+R, SPARSE, SCALE = 8, 64, 4          # rank and card(Ω) where nothing else is asked for; alpha by rank
 EQUAL = (dict(r=16, sparse=0), dict(r=8, sparse=6144))  # as many parameters in a matrix of 384 x 384
 KINDS = {'low': dict(sparse=0), 'both': {}}             # whose learning rates are tuned
 TABLES = {
@@ -42,7 +43,8 @@ TABLES = {
     '12': [('adapter', dict(sparse=n)) for n in (16, 256, 1024)] + [
         ('adapter', dict(support=how)) for how in ('random', 'magnitude')],
     '9': [('adapter', dict(targets=t)) for t in ('q', 'v', 'qk', 'qkvo')],
-    '3': [('zeros', dict(ratio=ratio, mask=mask)) for ratio, mask in product((20, 30, 50), ('merged', 'weight'))] + [
+    '3': [('zeros', dict(ratio=0))] + [
+        ('zeros', dict(ratio=ratio, mask=mask)) for ratio, mask in product((20, 30, 50), ('merged', 'weight'))] + [
         ('zeros', dict(ratio=50, sparse=0))],
     '7': [('zeros', dict(ratio=50, by=by)) for by in ('final', 'random')],
     '14': [('zeros', dict(ratio=50, steps=4))],
@@ -71,8 +73,9 @@ def best_rate(kind):
 def adapted(task, seed, asked):
     "A MiniLM with its adapter, before training"
     arch = Arch.from_pretrained('minilm', task, seed)
-    return add_dsee(arch, asked.get('r', R), asked.get('sparse', SPARSE), tuple(asked.get('targets', 'qv')),
-                    asked.get('support', 'rpca'), train=('norm', 'head', 'pooler'), seed=seed)
+    r = asked.get('r', R)
+    return add_dsee(arch, r, asked.get('sparse', SPARSE), tuple(asked.get('targets', 'qv')),
+                    asked.get('support', 'rpca'), lora_alpha=SCALE * r, train=('norm', 'head', 'pooler'), seed=seed)
 
 
 def half_way(task, seed, asked, lr, epochs, cache):

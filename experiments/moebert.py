@@ -12,6 +12,7 @@ third leaves out one thing after the other: the teacher, importance, shared neur
 larger sets, 9,000 training rows serve. Each cell leaves a file in experiments/results/moebert; what is there is not
 run again.
 """
+import time
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -36,7 +37,7 @@ ROWS = 9000                         # training rows at most
 TEACHER_LR = 1e-4
 SIZES = {384: 256, 768: 512}  # neurons that run in a layer, and those that all experts share: a quarter and half
 STUDENTS = ('moebert', 'dense-student')
-RATES, WEIGHTS = (1e-4, 3e-4), (1, 5)
+RATES, WEIGHTS = (1e-4, 3e-4), {'moebert': (1, 5, 0), 'dense-student': (1, 5), 'dense-more': (0,)}  # 0: no teacher
 TUNED = ('sst2', 'cola')  # the tasks that are tuned on; the best on their mean is used for all
 ABLATIONS = (dict(teacher=0), dict(criterion='random'), dict(criterion='inverse'), dict(router='token'),
              dict(router='sentence'), dict(router='balanced'), dict(shared=0), dict(shared=128), dict(shared=320),
@@ -44,9 +45,9 @@ ABLATIONS = (dict(teacher=0), dict(criterion='random'), dict(criterion='inverse'
 
 
 def tuning_grid():
-    "Cells that try learning rates and weights, for both kinds of student"
+    "Cells that try learning rates and weights, for every kind of student"
     return [Cell(task, f'tune-{way}', setting(lr=lr, weight=weight))
-            for way, weight, lr, task in product(STUDENTS, WEIGHTS, RATES, TUNED)]
+            for way, weights in WEIGHTS.items() for weight, lr, task in product(weights, RATES, TUNED)]
 
 
 def grid(tasks, seeds):
@@ -65,9 +66,10 @@ def ablation_grid(tasks, seeds):
 
 
 @lru_cache
-def best(way):
-    "Learning rate and weight with the best mean score on slices of the training rows"
-    tried = [setting(lr=lr, weight=weight) for lr, weight in product(RATES, WEIGHTS)]
+def best(way, taught=True):
+    "Learning rate and weight with the best mean score on slices of the training rows, with a teacher or without"
+    weights = [w for w in WEIGHTS[way] if bool(w) == taught]
+    tried = [setting(lr=lr, weight=weight) for lr, weight in product(RATES, weights)]
     found = choices(best_setting(read_cells(FOLDER), f'tune-{way}', tried, TUNED))
     return found['lr'], found['weight']
 
@@ -126,11 +128,10 @@ def run(cell, data_dir, cache):
     arch, lr, weight = teacher, TEACHER_LR, 0
     if way != 'teacher':
         arch = student_of(teacher.clone(), way, task, cell.seed, asked)
-        if way in STUDENTS:
-            lr, weight = (asked['lr'], asked['weight']) if tuning else best(way)
-        weight = asked.get('teacher', 1) * weight
+        is_taught = way in STUDENTS and bool(asked.get('teacher', 1))
+        lr, weight = (asked['lr'], asked['weight']) if tuning else best(way, is_taught)
         train(arch, teacher, task, cell.seed, lr, weight, asked.get('router'))
-    times = latency_together({'dense': teacher, 'this': arch}, batch_size=32, seq_len=64, repeats=5, warmup=2)
+    times = latency_together({'dense': teacher, 'this': arch}, 32, 64, repeats=5, warmup=2, clock=time.process_time)
     return {**answers(arch, task), 'lr': lr, 'weight': weight, **active_params(arch), 'flops': count_flops(arch),
             'latency': {name: t.median for name, t in times.items()},
             'steps': steps_of(arch), 'partial': task.partial,

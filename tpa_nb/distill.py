@@ -72,11 +72,12 @@ class _Reader:
     def masks(self, batch):
         "Real tokens of each stack, (B, T)"
         first, labels = batch['attention_mask'].bool(), batch['labels']
+        texts = labels.dim() == 2 and self.task.task_type != 'question_answering'
         if len(self.depths) == 1:
             return [first]
         if 'decoder_input_ids' in batch:
             return [first, torch.ones_like(batch['decoder_input_ids'], dtype=torch.bool)]
-        return [first, labels.ne(-100) if labels.dim() == 2 else first]  # a T5 classifier decodes its own input
+        return [first, labels.ne(-100) if texts else first]  # a T5 classifier decodes its own input
 
     def sizes(self, batch):
         "Real tokens of each stack and answers of each row, (B, stacks + 1)"
@@ -149,6 +150,17 @@ def _check_layers(layers, ours, theirs):
         raise ValueError(f"`layers` lets decoder layers learn from encoder layers or the reverse: {crossed}")
 
 # %% ../nbs/30_distill.ipynb #6e682739
+@contextlib.contextmanager
+def _in_evaluation(arch):
+    "Evaluation mode for a while; every module gets its own mode back"
+    modes = [(m, m.training) for m in arch.model.modules()]
+    arch.model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
 class _Teacher:
     "Answers batches with a model in evaluation mode"
     def __init__(self, arch, reader, layers, device=None, precision=None):
@@ -167,7 +179,8 @@ class _Teacher:
         if self.arch.device.type != there.type or (there.index is not None and self.arch.device != there):
             self.arch.model.to(there)
         batch = {k: v.to(there) for k, v in batch.items()}
-        with torch.no_grad(), torch.autocast(there.type, self.precision, enabled=self.precision is not None):
+        half = torch.autocast(there.type, self.precision, enabled=self.precision is not None)
+        with torch.no_grad(), half, _in_evaluation(self.arch):
             outputs = self.arch.model(**self.inputs(batch), output_hidden_states=bool(self.layers))
         hidden, logits = self.reader(outputs, batch, self.layers)
         return {i: h.to(here) for i, h in hidden.items()}, logits.to(here)
@@ -234,8 +247,24 @@ class _Stored:
     def __init__(self, folder, identity, ragged=False):
         _check_stored(folder, identity)
         self.layers, self.where, self.ragged = identity['layers'], {}, ragged  # are logits as wide as the batch?
+        self.folder = folder
         for path in sorted(folder.glob('*.safetensors')):
             self.where |= dict.fromkeys(_names(path), safe_open(path, 'pt'))
+
+    def check(self, teacher, examples, tokenizer):
+        "Raise unless the folder is whole and `teacher` still answers so: its weights are not all that it hangs on"
+        rows = Examples(examples.task, examples.rows.select(range(min(2, len(examples.rows)))))
+        for batch in examples.batches(tokenizer, 256):
+            lost = {f'{k}.{what}' for k in _keys(batch) for what in (*self.layers, 'logits')} - self.where.keys()
+            if lost:
+                raise ValueError(f"`cache_dir` {str(self.folder)!r} is damaged; delete it, and it is written again")
+        for name, now in _by_row(teacher, next(rows.batches(tokenizer, 2, teacher.arch.device))).items():
+            then = self.where[name].get_tensor(name).float()
+            if self.ragged and name.endswith('.logits'):
+                now, then = (t[..., :min(now.shape[-1], then.shape[-1])] for t in (now, then))
+            if then.shape != now.shape or (then - now.float()).abs().max() > 0.02 * (1 + then.abs().max()):
+                raise ValueError(f"`cache_dir` {str(self.folder)!r} holds answers of another teacher; name a new "
+                                 "folder or delete this one")
 
     def __call__(self, batch):
         keys, device = _keys(batch), batch['input_ids'].device
@@ -275,7 +304,9 @@ def _stored(teacher, task, tokenizer, cache_dir):
     identity = _identity(teacher.arch, examples, tokenizer, teacher.layers)
     if not folder.exists():
         _store(teacher, examples, tokenizer, folder, identity)
-    return _Stored(folder, identity, task.task_type == 'question_answering')
+    stored = _Stored(folder, identity, task.task_type == 'question_answering')
+    stored.check(teacher, examples, tokenizer)
+    return stored
 
 # %% ../nbs/30_distill.ipynb #87fea659
 class _Distance(AddedLoss):
@@ -289,7 +320,7 @@ class _Distance(AddedLoss):
         (ours, z_s), (theirs, z_t) = self.reader(outputs, batch, self.pairs), self.targets(batch)
         sums = [z_s.new_zeros((), dtype=torch.float) for _ in range(len(self.reader.depths) + 1)]
         for i, j in self.pairs.items():
-            h = self.projections[str(i)](ours[i]) if str(i) in self.projections else ours[i]
+            h = self.projections[str(i)](ours[i].float()) if str(i) in self.projections else ours[i]
             sums[self.reader.stack(i)] += F.mse_loss(h.float(), theirs[j].float(), reduction='sum') / h.shape[-1]
         if self.logits:
             sums[-1] += _distance(z_s.float(), z_t.float(), self.temperature, self.regression).sum()
@@ -343,20 +374,26 @@ def _check_numbers(distill_weight, temperature, hidden, logits):
 
 def _check_pair(student, teacher, task):
     "Raise unless both models read and answer the same"
-    if teacher.model is student.model:
-        raise ValueError("`teacher` is `student` itself; give `teacher.clone()` before the student is changed")
+    own = {id(p) for p in student.model.parameters()}
+    if any(id(p) in own for p in teacher.model.parameters()):
+        raise ValueError("`teacher` and `student` share weights, so the teacher would learn along; give "
+                         "`teacher.clone()` before the student is changed")
     for who, arch in (('student', student), ('teacher', teacher)):
         if arch.tokenizer is None:
             raise ValueError(f"`{who}` has no tokenizer; pass `Arch(model, tokenizer)`")
         if arch.task_type != task.task_type:
             raise ValueError(f"`{who}` is a model for {arch.task_type!r}, `task` {task.name!r} needs "
                              f"{task.task_type!r}")
-        if task.check_model(arch.base.config) == 'other':
+        is_number = task.task_type == 'seq_cls' and task.is_regression and arch.base.config.num_labels == 1
+        if task.check_model(arch.base.config) == 'other' and not is_number:
             raise ValueError(f"`{who}` answers {sorted(arch.base.config.id2label.values())}, `task` asks for others: "
                              f"{list(task.label_names or ['a number'])}")
     if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
         raise ValueError(f"`teacher` has another vocabulary ({len(teacher.tokenizer)} tokens) than `student` "
                          f"({len(student.tokenizer)}): the same number would mean two words")
+    few = Examples(task, task.train.select(range(min(8, len(task.train)))))
+    if len({str(few.encode(arch.tokenizer)['input_ids'][:]) for arch in (student, teacher)}) > 1:
+        raise ValueError("`teacher` cuts texts into other tokens than `student`; give both the same tokenizer")
 
 # %% ../nbs/30_distill.ipynb #ae8b4263
 class Distillation(_Distance):
@@ -395,14 +432,12 @@ class Distillation(_Distance):
 @contextlib.contextmanager
 def _as_it_was(arch):
     "Evaluation mode for a while; modes and device are put back"
-    modes, device = [(m, m.training) for m in arch.model.modules()], arch.device
-    arch.model.eval()
+    device = arch.device
     try:
-        yield
+        with _in_evaluation(arch):
+            yield
     finally:
         arch.model.to(device)
-        for module, mode in modes:
-            module.training = mode
 
 # %% ../nbs/30_distill.ipynb #fe434035
 def distill(
@@ -422,6 +457,8 @@ def distill(
     **kwargs,                     # Further arguments of `finetune`
 ) -> Arch:                        # The same student, in evaluation mode
     "Train `student` on `task` and to compute what `teacher` computes"
+    if not epochs > 0:
+        raise ValueError(f"`epochs` must be above 0, got {epochs!r}")
     with _as_it_was(teacher):
         loss = Distillation(student, teacher, task, distill_weight, temperature, layers, hidden, logits, labels,
                             cache_dir, teacher_device, mixed_precision)

@@ -94,11 +94,15 @@ class DSEELinear(LoraLinear):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         nn.init.normal_(self.lora_A[adapter_name].weight, std=0.02)
         device = self.lora_A[adapter_name].weight.device
-        if n:
-            self.lora_S_index[adapter_name] = torch.zeros(2, n, dtype=torch.int32, device=device)
+        if n:  # a second adapter has its entries where the first one has them; loading puts others there
+            alike = [at for at in self.lora_S_index.values() if at.shape[1] == n]
+            self.lora_S_index[adapter_name] = alike[0].clone() if alike else torch.zeros(
+                2, n, dtype=torch.int32, device=device)
         self.mask_form[adapter_name] = config.mask
         if config.mask == 'merged':
-            self.lora_mask[adapter_name] = _pack(torch.ones(self.out_features, self.in_features, device=device) > 0)
+            same = next(iter(self.lora_mask.values()), None)  # W is zero there
+            self.lora_mask[adapter_name] = _pack(
+                torch.ones(self.out_features, self.in_features, device=device) > 0) if same is None else same.clone()
 
 # %% ../nbs/11_dsee.ipynb #c9d7e5c9
 def _pack(mask):
@@ -119,7 +123,8 @@ def update(
 ) -> torch.Tensor:             # (out, in)
     "Compute $\\Delta W = \\frac{\\alpha}{r} BA + S$, masked if there is a mask"
     A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-    delta = B @ A * self.scaling[adapter]
+    with torch.autocast(A.device.type, enabled=False):  # a merge is not under autocast either
+        delta = B @ A * self.scaling[adapter]
     if adapter in self.lora_S:
         delta = delta.index_put(tuple(self.lora_S_index[adapter].long()), self.lora_S[adapter].to(delta.dtype), True)
     if adapter in self.lora_mask:
@@ -251,21 +256,25 @@ def _supports(views, n, method, seed):
     shapes, found = {}, {}
     for p in views:
         shapes.setdefault(p.weight.shape, []).append(p)
-    for (_, width), group in shapes.items():
-        weights = torch.stack([p.weight.detach() for p in group])
-        for p, flat in zip(group, sparse_support(weights, n, method, seed=seed)):
-            first = p.part[0] * p.out_features if p.part else 0
-            found.setdefault(p.name, []).append(torch.stack([flat // width + first, flat % width]))
+    for (height, width), group in shapes.items():
+        at_once = max(1, 2 ** 23 // (height * width)) if method == 'rpca' else 1  # copies of so many weights
+        for i in range(0, len(group), at_once):
+            part = group[i:i + at_once]
+            weights = torch.stack([p.weight.detach() for p in part])
+            for p, flat in zip(part, sparse_support(weights, n, method, seed=seed + i)):
+                first = p.part[0] * p.out_features if p.part else 0
+                found.setdefault(p.name, []).append(torch.stack([flat // width + first, flat % width]))
     return {name: torch.cat(parts, 1).to(torch.int32) for name, parts in found.items()}
 
-def _check_layers(arch, views, r):
-    "Raise unless every one of `views` can carry an adapter of its rank"
+def _check_layers(arch, views, config):
+    "Raise unless every one of `views` can carry an adapter of the rank that `config` gives it"
     if arch.is_adapted:
         raise ValueError("`arch` carries an adapter already; call `merge_dsee` or `merge_lora` first")
+    arch.check_plain()
     for p in views:
         if type(p.linear) not in (nn.Linear, Conv1D):
             raise ValueError(f"`arch` has {type(p.linear).__name__} as {p.name}; only plain linear layers get one")
-        rank, least = max([r] if isinstance(r, int) else r), min(p.weight.shape)
+        rank, least = config.rank_pattern.get(p.name, config.r), min(p.weight.shape)
         if rank > least:
             raise ValueError(f"`r` must be at most {least}, the smaller side of {p.name}, got {rank}")
 
@@ -282,9 +291,9 @@ def add_dsee(
     seed: int = 0,                         # Seed of `lora_A` and of random positions
 ) -> Arch:                                 # The same handle; `arch.model` is PEFT's
     "Put low-rank updates with sparse residuals on `arch` (Chen et al. 2023, Algorithm 1)"
-    views = _views(arch, targets)
     plain = lora_config(arch, r, lora_alpha, lora_dropout, targets, train)
-    _check_layers(arch, views, r)
+    views = _views(arch, targets)
+    _check_layers(arch, views, plain)
     index = _supports(views, n_sparse, support, seed)
     skip = ('peft_type', 'runtime_config')
     given = {f.name: getattr(plain, f.name) for f in fields(plain) if f.init and f.name not in skip}
@@ -350,9 +359,11 @@ _EPOCHS = dict(rte=(5, 10), sst2=(5, 5))
 
 def dsee_settings(
     task: str,                  # Name of a task, as in `load_task`
-    model_type: str = 'bert',   # The family that the paper tuned: 'bert', 'roberta' or 'gpt2'; others get BERT's
+    model_type: str = 'bert',   # A family that the paper tuned: 'bert', 'roberta' or 'gpt2'
 ) -> dict:                      # r, n_sparse, lora_alpha, lr, epochs, retune_epochs, batch_size, max_length
-    "Look up the paper's hyper-parameters (Chen et al. 2023, Table 11); a task without an entry gets the median rate"
+    "Look up hyper-parameters (Chen et al. 2023, Table 11; GPT-2: LoRA's); a task without an entry gets the median rate"
+    if model_type not in ('bert', 'roberta', 'gpt2'):
+        raise ValueError(f"`model_type` must be 'bert', 'roberta' or 'gpt2', got {model_type!r}")
     rates = _ROBERTA_LR if model_type == 'roberta' else _BERT_LR
     lr, (epochs, retune) = rates.get(task, sorted(rates.values())[len(rates) // 2]), _EPOCHS.get(task, (5, 5))
     found = dict(r=16, n_sparse=16, lora_alpha=32, lr=lr, epochs=epochs, retune_epochs=retune, batch_size=32,

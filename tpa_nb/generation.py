@@ -28,7 +28,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogi
 # %% ../nbs/17_generation.ipynb #77a9c333
 from .arch import Arch
 from .profile import _check_count, _evaluating
-from .tasks import Examples, _LocalMetric
+from .tasks import Examples, _holdout, _LocalMetric
 from .text import Perplexity, TextTask, _with_ends
 
 # %% ../nbs/17_generation.ipynb #9a75c2f1
@@ -94,8 +94,9 @@ class Ter(_TextMetric):
     "Translation edit rate of a corpus in per cent, lower is better (Snover et al. 2006), by sacrebleu"
     scores = ('ter',)
     def _score(self, predictions, references):
-        ter = _library('sacrebleu').metrics.TER(case_sensitive=not self.lowercase)
-        return {'ter': ter.corpus_score(predictions, _streams(references)).score}
+        ter, words = _library('sacrebleu').metrics.TER(case_sensitive=True), lambda t: ' '.join(self._tokens(t))
+        rows = [[words(text) for text in row] for row in references]
+        return {'ter': ter.corpus_score([words(text) for text in predictions], _streams(rows)).score}
 
 # %% ../nbs/17_generation.ipynb #ad3fa11d
 class Meteor(_TextMetric):
@@ -136,11 +137,11 @@ def linearize(
 ) -> str:                                           # One line
     "Write a record as a line of text"
     if isinstance(record, str):
-        is_plain = bool(_ATTRIBUTE.sub('', record).strip())
-        return ' '.join(record.split()) if is_plain else _attributes(_ATTRIBUTE.findall(record))
-    if isinstance(record, Mapping):
-        return _attributes(record.items())
-    return ' | '.join(map(_triple, record))
+        is_plain = '[' not in record or bool(_ATTRIBUTE.sub('', record).strip())
+        line = record if is_plain else _attributes(_ATTRIBUTE.findall(record))
+    else:
+        line = _attributes(record.items()) if isinstance(record, Mapping) else ' | '.join(map(_triple, record))
+    return ' '.join(line.split())
 
 # %% ../nbs/17_generation.ipynb #c7e69006
 @dataclass(frozen=True, eq=False, repr=False)
@@ -176,6 +177,20 @@ def grouped(
     for source, target in zip(rows['source'][:], rows['target'][:]):
         found.setdefault(source, []).append(target)
     return found
+
+# %% ../nbs/17_generation.ipynb #5cb2b2ab
+@patch
+def split(
+    self: DataToText,
+    holdout: float = 0.1,        # Share of the training records to hold out
+    seed: int = 0,               # Seed of the draw
+) -> tuple[Examples, Examples]:  # Rows to train on, rows of the records held out
+    "Cut the training records in two"
+    sources = self.train['source'][:]
+    records = list(dict.fromkeys(sources))
+    held = {records[i] for i in _holdout(range(len(records)), holdout, seed, False)[1]}
+    return tuple(Examples(self, self.train.select([i for i, s in enumerate(sources) if (s in held) == out]))
+                 for out in (False, True))
 
 # %% ../nbs/17_generation.ipynb #224fbd17
 def _expanded(split, rows):
@@ -214,11 +229,7 @@ def encode_rows(self: DataToText, rows: dict, tokenizer: PreTrainedTokenizerBase
     "Token ids with 'labels', -100 where nothing is to be predicted"
     if self.task_type == 'causal_lm':
         rows = {**rows, 'source': [source + self.separator for source in rows['source']]}
-    found = TextTask.encode_rows(self, rows, tokenizer, **kwargs)
-    for source, labels in zip(rows['source'], found['labels']):
-        if not any(label != -100 for label in labels):
-            raise ValueError(f"`max_length` {self.max_length} leaves nothing of the text for {source!r:.60}")
-    return found
+    return TextTask.encode_rows(self, rows, tokenizer, **kwargs)
 
 # %% ../nbs/17_generation.ipynb #5eb8ee7c
 _DATA = {'e2e': ('e2e_nlg', 'tuetschek/e2e_nlg', None, 0.9),
@@ -247,7 +258,7 @@ def _from_hub(repo, config, split, n):
     "The first `n` rows of a split on the hub"
     try:
         rows = datasets.load_dataset(repo, config, split=split, revision='refs/convert/parquet')
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a split or a configuration that is not there
         raise FileNotFoundError(f"{repo} cannot be fetched from the hub ({error}); without a network, put its parquet "
                                 "files into a folder and name it by `data_dir`") from error
     return (rows.select(range(min(n, len(rows)))) if n else rows).to_list()
@@ -264,6 +275,7 @@ def load_data_to_text(
     "Load a data-to-text set from `data_dir`, the folder in TPA_DATA, or the hub"
     if name not in _DATA: raise ValueError(f"`name` must be one of {sorted(_DATA)}, got {name!r}")
     if split not in ('validation', 'test'): raise ValueError(f"`split` must be 'validation' or 'test', got {split!r}")
+    if n_train is not None: _check_count('n_train', n_train)
     folder, repo, config, penalty = _DATA[name]
     data_dir = data_dir or os.environ.get('TPA_DATA')
     read = lambda part, n: _from_folder(data_dir, folder, part, n) if data_dir else _from_hub(repo, config, part, n)

@@ -51,7 +51,7 @@ _TARGETS = ('q', 'k', 'v', 'o', 'up', 'gate', 'down')
 def _check_targets(targets):
     "Raise unless `targets` are projections of an attention or a feed-forward layer"
     wrong = [t for t in targets if t not in _TARGETS]
-    if wrong or not targets or isinstance(targets, str):
+    if wrong or not targets or isinstance(targets, str) or len(set(targets)) < len(targets):
         raise ValueError(f"`targets` must be some of {', '.join(map(repr, _TARGETS))}, got {targets!r}")
 
 def _sites(arch, targets):
@@ -134,9 +134,11 @@ def lora_config(
     train: Sequence[str] = ('norm', 'head'),        # What trains beside them: 'norm', 'head', 'pooler'
 ) -> LoraConfig:
     "Make PEFT's configuration: exact ranks, one scale for all modules"
+    if not isinstance(r, (int, Sequence)):
+        raise ValueError(f"`r` must be a whole number or a list of them, got {r!r}")
     ranks = [r] * len(arch.attns) if isinstance(r, int) else list(r)
     pattern = rank_pattern(arch, ranks, targets)
-    if lora_alpha <= 0 or not 0 <= lora_dropout < 1:
+    if not lora_alpha > 0 or not 0 <= lora_dropout < 1:
         raise ValueError(f"`lora_alpha` must be above 0 and `lora_dropout` in [0, 1), got {lora_alpha!r} and "
                          f"{lora_dropout!r}")
     if not any(_sites(arch, targets)):

@@ -256,6 +256,10 @@ def _check_fitting(arch, rows, epochs, lr):
     whole = [arch.ffns[row].name for row in rows if there[row].is_dense]
     if whole:
         raise ValueError(f"{whole[0]} runs all of its neurons, so nothing is left out that an expert could learn")
+    by_sentence = [arch.ffns[row].name for row in rows if getattr(there[row].router, 'by_sentence', False)]
+    if by_sentence:
+        raise ValueError(f"{by_sentence[0]} is routed by the sentence, and the expert is fitted token by token; train "
+                         "it with labels (`finetune`)")
     return {row: there[row] for row in rows}
 
 def _left_out(moe, x, ids):

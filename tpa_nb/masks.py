@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .arch import Arch, Projection, _head_rows
-from .dsee import _adapted_layers, _pack, _views
+from .dsee import _adapted_layers, _pack, _unpack, _views
 from .importance import n_columns
 from .prune import prune_heads
 
@@ -40,8 +40,14 @@ def _adapted_score(layer, weight, criterion, draw):
     delta = layer.update()
     score = {'update': lambda: delta.abs(), 'final': lambda: (weight + delta).abs(),
              'random': lambda: torch.rand(weight.shape, generator=draw).to(weight)}[criterion]()
-    gone = weight == 0 if layer.mask_form['default'] else torch.zeros_like(weight, dtype=torch.bool)
-    return score.detach().float().masked_fill(gone, -1)
+    return score.detach().float().masked_fill(_gone(layer, weight), -1)
+
+def _gone(layer, weight):
+    "Entries of an adapted matrix that earlier masks have zeroed; under 'weight' only the zeros of W tell"
+    packed = layer.lora_mask['default'] if 'default' in layer.lora_mask else None
+    if packed is not None:
+        return ~_unpack(packed, weight.shape[1])
+    return weight == 0 if layer.mask_form['default'] else torch.zeros_like(weight, dtype=torch.bool)
 
 def _groups(arch, layers, criterion, seed):
     "Scores by module name: of the adapted matrices, and of the others in attentions and feed-forward layers"
@@ -79,6 +85,10 @@ def _check_masks(arch, layers, ratios, criterion, scope, mask, pattern):
     for name, value in ratios.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise ValueError(f"`{name}` must be in [0, 1), got {value!r}")
+    mixed = [f.name for f in arch.ffns if not f.is_plain]
+    if mixed:
+        raise ValueError(f"{mixed[0]} is no plain layer any more, and masks are for plain weights; mask before "
+                         "`moefy`, or call `unmoefy` first")
     if any(list(m.lora_A) != ['default'] or m.merged for m in layers.values()):
         raise ValueError("`arch` must carry one adapter, 'default', and not merged in place")
     forms = {m.mask_form['default'] for m in layers.values()} - {None, mask}
@@ -91,11 +101,16 @@ def _check_masks(arch, layers, ratios, criterion, scope, mask, pattern):
 def _check_patterns(chosen, layers, arch, pattern):
     "Raise unless `chosen` removes every entry that is gone already"
     for name, gone in chosen.items():
-        weight = Projection(arch.base, name).weight
-        before = weight == 0 if name in layers and layers[name].mask_form['default'] else None
+        before = _gone(layers[name], Projection(arch.base, name).weight) if name in layers else None
         if before is not None and (before & ~gone).any():
+            what = f"`pattern` {pattern!r} would bring some back" if pattern else "raise `pruning_ratio`"
             raise ValueError(f"the masks of {name} have {before.float().mean():.1%} zeros already, more than are asked "
-                             "for or in other places: raise `pruning_ratio`; masks only grow")
+                             f"for or in other places: {what}; masks only grow")
+
+def _zero_share(arch, names):
+    "Share of zeros among the weights of the modules `names`"
+    weights = [Projection(arch.base, name).weight for name in names]
+    return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))
 
 @torch.no_grad()
 def _apply(arch, layers, chosen, mask):
@@ -129,8 +144,7 @@ def mask_from_update(
     chosen = {**_choose(adapted, pruning_ratio, scope, pattern), **_choose(others, other_ratio, scope, pattern)}
     _check_patterns(chosen, layers, arch, pattern)
     _apply(arch, layers, chosen, mask)
-    shares = {n: sum(int(chosen[k].sum()) for k in group) / max(1, sum(chosen[k].numel() for k in group))
-              for n, group in (('adapted', adapted), ('others', others))}
+    shares = {n: _zero_share(arch, group) for n, group in (('adapted', adapted), ('others', others))}
     arch.history.append({'verb': 'mask_from_update', 'criterion': criterion, 'scope': scope, 'mask': mask,
                          'pattern': pattern, 'zeros': shares})
     return arch

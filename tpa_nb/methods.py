@@ -18,9 +18,9 @@ from .dsee import add_dsee, dsee_settings, merge_dsee
 from .importance import head_derivatives, neuron_importance, ranking_stability, score_heads
 from .lora import add_lora, merge_lora
 from .lora_expert import add_lora_expert, fit_lora_expert, fold_lora_expert
-from .masks import mask_from_update, prune_adapted_heads, update_importance
+from .masks import gradual_ratios, mask_from_update, prune_adapted_heads, update_importance
 from .moe import moefy, moes
-from .moebert import BalanceLoss, moebert
+from .moebert import BalanceLoss, RoutedMoE, moebert
 from .profile import _task_length, count_flops
 from .prune import prune_iteratively, prune_neurons, select_heads, select_neurons
 from .recipe import Recipe, _checks, register_method
@@ -39,10 +39,10 @@ class Outcome:
     stability: float | None = None          # `ranking_stability` of these scores
 
 # %% ../nbs/36_methods.ipynb #ea7efd4d
-def _train(arch, task, recipe, epochs, lr, progress, teacher=None, added=()):
-    "Fine-tune as the recipe says, with a teacher if it has one"
-    settings = dict(lr=lr, batch_size=recipe.batch_size, seed=recipe.seed, mixed_precision=recipe.mixed_precision,
-                    progress=progress, added=added)
+def _train(arch, task, recipe, epochs, lr, progress, teacher=None, added=(), part=0):
+    "Fine-tune as the recipe says, with a teacher if it has one; every `part` of it draws an order of its own"
+    settings = dict(lr=lr, batch_size=recipe.batch_size, seed=recipe.seed + 1000 * part,
+                    mixed_precision=recipe.mixed_precision, progress=progress, added=added)
     if not recipe.distill_weight:
         finetune(arch, task, epochs, **settings)
         return
@@ -80,13 +80,14 @@ class _Measure:
     "Scores of the heads that are left, by the recipe; keeps the last derivatives"
     def __init__(self, task, recipe, progress):
         self.task, self.recipe, self.progress = task, recipe, progress
-        self.draw, self.derivatives, self.scores = _draw(recipe), None, None
+        self.draw, self.derivatives, self.scores, self.part = _draw(recipe), None, None, 0
 
     def __call__(self, arch):
         recipe, epochs = self.recipe, self.recipe.epochs * self.recipe.warm_up / self.recipe.iterative_steps
         if epochs:
-            warm_up(arch, self.task, epochs, recipe.r, recipe.lr, recipe.batch_size, recipe.seed, recipe.train,
-                    mixed_precision=recipe.mixed_precision, progress=self.progress)
+            warm_up(arch, self.task, epochs, recipe.r, recipe.lr, recipe.batch_size, recipe.seed + 1000 * self.part,
+                    recipe.train, mixed_precision=recipe.mixed_precision, progress=self.progress)
+            self.part += 1
         self.derivatives = head_derivatives(arch, _calibration(self.task, recipe), recipe.batch_size)
         self.scores = score_heads(self.derivatives, recipe.normalize)
         return _by_criterion(self.scores, recipe, self.draw)
@@ -169,7 +170,7 @@ def _prune_lora(arch, task, recipe, progress):
     add_lora(arch, _left(blocks, arch), r_high=recipe.r_high, r_low=recipe.r_low, top_blocks=top,
              budget=recipe.r if recipe.ranks == 'budget' else None, lora_alpha=recipe.lora_alpha,
              targets=recipe.targets, train=recipe.train, seed=recipe.seed)
-    _train(arch, task, recipe, recipe.epochs * (1 - recipe.warm_up), recipe.lr, progress)
+    _train(arch, task, recipe, recipe.epochs * (1 - recipe.warm_up), recipe.lr, progress, part=found.part)
     return Outcome(merge_lora(arch), found.scores, _stability(found))
 
 def _left(imp, arch):
@@ -197,13 +198,15 @@ def _dsee(arch, task, recipe, progress):
     _add_dsee(arch, recipe)
     first, found = recipe.epochs * recipe.warm_up, None
     _train(arch, task, recipe, first, recipe.lr, progress)
-    if recipe.weight_ratio:
-        by = 'random' if recipe.criterion == 'random' else 'update'
-        mask_from_update(arch, recipe.weight_ratio, criterion=by, seed=recipe.seed)
-    else:
-        found = update_importance(arch)
-        prune_adapted_heads(arch, _select(arch, _by_criterion(found, recipe, _draw(recipe)), recipe))
-    _train(arch, task, recipe, recipe.epochs - first, recipe.lr, progress)
+    ratios = gradual_ratios(recipe.weight_ratio, recipe.iterative_steps) if recipe.weight_ratio else [0]
+    for part, ratio in enumerate(ratios, 1):
+        if ratio:
+            by = 'random' if recipe.criterion == 'random' else 'update'
+            mask_from_update(arch, ratio, criterion=by, seed=recipe.seed)
+        else:
+            found = update_importance(arch)
+            prune_adapted_heads(arch, _select(arch, _by_criterion(found, recipe, _draw(recipe)), recipe))
+        _train(arch, task, recipe, (recipe.epochs - first) / len(ratios), recipe.lr, progress, part=part)
     return Outcome(merge_dsee(arch), found)
 
 def _add_dsee(arch, recipe, **kwargs):
@@ -225,9 +228,10 @@ def _moefy(arch, task, recipe, progress):
     if recipe.relu:
         relufy(arch, calibration, seed=recipe.seed)
         if first:
-            _train(arch, task, recipe, first / 2, recipe.full_lr, progress)
+            _train(arch, task, recipe, first / 2, recipe.full_lr, progress, part=1)
     k = _to_experts(arch, recipe, calibration)
-    _train(arch, task, recipe, recipe.epochs - first, recipe.lr if recipe.expert_r else recipe.full_lr, progress)
+    _train(arch, task, recipe, recipe.epochs - first, recipe.lr if recipe.expert_r else recipe.full_lr, progress,
+           part=2)
     if recipe.expert_r:
         fold_lora_expert(arch)
     if recipe.dynamic:  # training has moved the scores
@@ -263,15 +267,16 @@ def _moebert(arch, task, recipe, progress):
     teacher = arch.clone() if recipe.teacher == 'full' else None
     _to_moebert(arch, recipe, neuron_importance(arch, _calibration(task, recipe), recipe.batch_size))
     taught = replace(recipe, distill_weight=1.0 if recipe.distill_weight is None else recipe.distill_weight)
-    added = [BalanceLoss(arch)] if recipe.router in ('token', 'sentence') else []
-    _train(arch, task, taught, recipe.epochs - first, recipe.full_lr, progress, teacher, added)
+    learns = any(isinstance(m, RoutedMoE) and not m.is_dense for m in moes(arch).values())
+    added = [BalanceLoss(arch)] if learns else []
+    _train(arch, task, taught, recipe.epochs - first, recipe.full_lr, progress, teacher, added, part=1)
     return Outcome(arch)
 
 def _to_moebert(arch, recipe, imp):
     "Cut by the scores `imp`, or for the control by chance"
     draw = _draw(recipe)
     imp = [_by_criterion(scores, recipe, draw) for scores in imp]
-    size = arch.ffns[0].d_ff // 4 if recipe.expert_size is None else recipe.expert_size
+    size = min(f.d_ff for f in arch.ffns) // 4 if recipe.expert_size is None else recipe.expert_size
     shared = size * 2 // 3 if recipe.shared is None else recipe.shared
     return moebert(arch, imp, size, shared, recipe.n_experts, recipe.router or 'hash', seed=recipe.seed)
 
@@ -300,12 +305,23 @@ def _check_dsee(arch, task, recipe):
     "Raise unless heads can go and the update fits"
     if not recipe.warm_up:
         raise ValueError("`warm_up` must be above 0 for 'dsee', which chooses by the update that was trained before")
+    if not recipe.weight_ratio and not set(recipe.targets) & set('qkvo'):
+        raise ValueError(f"`targets` {recipe.targets!r} leave the attentions without an update to choose heads by; add "
+                         "'q' and 'v', or give `weight_ratio`")
+    if recipe.weight_ratio and not all(f.is_plain for f in arch.ffns):
+        raise ValueError("`weight_ratio` sets weights of plain layers to zero, and this model has mixtures of experts")
     if not recipe.weight_ratio:
         _check_prune(arch, task, recipe)
     _add_dsee(arch, recipe, support='random')
 
+# %% ../nbs/36_methods.ipynb #eacaea06
 def _check_moebert(arch, task, recipe):
-    "Raise unless the layers can be dealt out"
+    "Raise unless there is a trained model to teach, and the layers can be dealt out"
+    if recipe.teacher != 'full':
+        _teacher(task, recipe)
+    elif not recipe.warm_up and arch.new_weights:
+        raise ValueError(f"`warm_up` must be above 0 for 'moebert': {arch.new_weights[0]!r} of the model that is to "
+                         "teach is random")
     _to_moebert(arch, recipe, [torch.ones(f.d_ff_orig) for f in arch.ffns])
 
 def _check_moefy(arch, task, recipe):
@@ -324,6 +340,21 @@ for _name, _run, _check in (('full', _full, None), ('lora', _lora, None),
                             ('moebert', _moebert, _check_moebert)):
     register_method(_name, _run, _check)
 
+# %% ../nbs/36_methods.ipynb #9f49b18c
+_BUDGETS = ('neuron_ratio', 'flops_ratio', 'latency_ratio', 'max_drop')
+_UNUSED = {'dsee': _BUDGETS, 'moefy': ('keep', 'iterative_steps', *_BUDGETS),
+           'moebert': ('keep', 'iterative_steps', *_BUDGETS), 'prune': ('distill_weight',), 'none': ('distill_weight',)}
+
+def _check_unused(recipe):
+    "Raise if the recipe asks for what its method does not do"
+    idle = list(_UNUSED.get(recipe.method, ()))
+    if recipe.method == 'dsee':
+        idle += ['keep', 'scope'] if recipe.weight_ratio else ['iterative_steps']
+    default = {f.name: f.default for f in fields(Recipe)}
+    for name in idle:
+        if getattr(recipe, name) != default[name]:
+            raise ValueError(f"`{name}` means nothing to the method {recipe.method!r}, got {getattr(recipe, name)!r}")
+
 # %% ../nbs/36_methods.ipynb #c5a4f4bb
 def check_recipe(
     recipe: Recipe,  # What is asked
@@ -336,6 +367,7 @@ def check_recipe(
                          f"{arch.new_weights[0]!r} is random; give a checkpoint that was fine-tuned on {task.name!r}")
     if recipe.distill_weight and recipe.teacher != 'full':
         _teacher(task, recipe)
+    _check_unused(recipe)
     _checks[recipe.method](arch.clone(), task, recipe)
 
 # %% ../nbs/36_methods.ipynb #dec789b3

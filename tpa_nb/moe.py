@@ -114,8 +114,14 @@ def _check_router(router, experts, threshold=None):
 
 # %% ../nbs/21_moe.ipynb #32cb6c69
 def _choose(moe, x, ids=None):
-    "Experts of each of the tokens `x` (N, D), (N, E) bool; None for all"
-    return None if moe.is_dense else choose_experts(_scores(moe.router, moe.experts, x, ids), moe.k, moe.threshold)
+    "Experts of each of the tokens `x` (..., D), (N, E) bool; None for all"
+    if moe.is_dense:
+        return None
+    if getattr(moe.router, 'by_sentence', False):  # rows of tokens must stay what they are
+        scores = moe.router(x, ids=ids, experts=moe.experts).flatten(0, -2)
+    else:
+        scores = _scores(moe.router, moe.experts, x.reshape(-1, x.shape[-1]), None if ids is None else ids.reshape(-1))
+    return choose_experts(scores, moe.k, moe.threshold)
 
 @patch
 def forward(
@@ -124,8 +130,7 @@ def forward(
     ids: torch.Tensor | None = None,  # (...) ids of the tokens, for a router that wants them
 ) -> torch.Tensor:                    # (..., D)
     "Run the mixture"
-    rows = x.reshape(-1, x.shape[-1])
-    y = self.experts(rows, _choose(self, rows, None if ids is None else ids.reshape(-1)), self.shared)
+    y = self.experts(x.reshape(-1, x.shape[-1]), _choose(self, x, ids), self.shared)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 # %% ../nbs/21_moe.ipynb #85123aaf
@@ -377,6 +382,9 @@ def _record(ffns, new, n_experts, split, router, seed):
 def _check_plain(ffn, moe):
     "Raise unless `moe`, which stands in the place of `ffn`, is a plain layer with all experts"
     ids = moe.experts.neurons.flatten().sort().values
+    if moe.shared is not None and len(ids) < len(ffn.neurons):
+        raise ValueError(f"{ffn.name} has experts that share neurons (`moebert`), each a layer by itself: they make no "
+                         "plain layer of the same size")
     if not torch.equal(ids, torch.arange(len(ids), device=ids.device)):
         raise ValueError(f"{ffn.name} has neurons in several experts, or in none: it is no split of a plain layer")
     if moe.shared is not None and getattr(moe.shared, 'kind', None) != 'neurons':
@@ -424,11 +432,10 @@ class _Usage:
 def _count_hook(arch, ffn, counts, current):
     "Hook: add the choices for real tokens to `counts`, (E,)"
     def hook(moe, args):
-        x, ids = args[0].detach(), args[1].reshape(-1) if len(args) > 1 else None
-        x = x.reshape(-1, x.shape[-1])
-        chosen = _choose(moe, x, ids)
-        real = _real_tokens(arch, ffn, current, len(x))
-        chosen = torch.ones(len(x), moe.n_experts, dtype=torch.bool, device=x.device) if chosen is None else chosen
+        x = args[0].detach()
+        chosen, n = _choose(moe, x, args[1] if len(args) > 1 else None), x[..., 0].numel()
+        real = _real_tokens(arch, ffn, current, n)
+        chosen = torch.ones(n, moe.n_experts, dtype=torch.bool, device=x.device) if chosen is None else chosen
         counts['tokens'] += int(real.sum())
         counts['chosen'] = counts['chosen'] + chosen[real].sum(0).cpu()
     return ffn.replaced.register_forward_pre_hook(hook)

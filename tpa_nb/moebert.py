@@ -16,8 +16,10 @@ from torch import nn
 from .arch import Arch
 from .experts import Experts
 from .ffn import _act_name
+from .importance import model_inputs
 from .lora_expert import _shared_neurons
-from .moe import MoE, _layers_to_change, choose_experts, moes, register_router
+from .moe import MoE, _layers_to_change, _put_back, choose_experts, moes, register_router
+from .profile import _evaluating
 from .router import HashRouter
 from .save import StructureStep, register_step
 from .tasks import Examples
@@ -83,7 +85,7 @@ class TokenRouter(nn.Module):
 @register_router
 class SentenceRouter(TokenRouter):
     "A distribution over experts for each sentence, from the mean of its tokens"
-    kind, wants_ids = 'sentence', True
+    kind, wants_ids, by_sentence = 'sentence', True, True
     def __init__(
         self,
         d_model: int,     # D
@@ -104,9 +106,12 @@ class SentenceRouter(TokenRouter):
 # %% ../nbs/31_moebert.ipynb #6f8f52e1
 class RoutedMoE(MoE):
     "A mixture whose router learns with the model"
+    seen = None  # of the last batch in training: probabilities and choices, (N, E)
+    def __getstate__(self): return {**self.__dict__, 'seen': None}  # they are no part of the model
+
     def forward(self, x: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         "(..., D) to (..., D)"
-        if self.is_dense:
+        if self.is_dense or not isinstance(self.router, TokenRouter):
             return super().forward(x, ids)
         if x.dim() < 3 and isinstance(self.router, SentenceRouter):
             raise ValueError("the model hands all tokens to this layer in one row; route them one by one ('token')")
@@ -159,9 +164,26 @@ def _router(arch, kind, experts, counts, seed):
         if kind == 'hash':
             made = HashRouter(n, config.vocab_size, counts, seed)
         else:
-            pad = (getattr(config, 'pad_token_id', None) or 0,)
-            made = TokenRouter(d_model, n) if kind == 'token' else SentenceRouter(d_model, n, *pad)
-    return made.to(experts.up.device)
+            pads = [getattr(source, 'pad_token_id', None) for source in (arch.tokenizer, config)]
+            pad = next((p for p in pads if p is not None), 0)
+            made = TokenRouter(d_model, n) if kind == 'token' else SentenceRouter(d_model, n, pad)
+    return made.to(experts.up)
+
+# %% ../nbs/31_moebert.ipynb #fdbdee33
+def _check_sentences(arch, ffns, router):
+    "Raise if a layer would see tokens that are not written yet"
+    writes = [f for f in ffns if arch.task_type == 'causal_lm' or (arch.task_type == 'seq_2_seq_lm' and f.stack)]
+    if router == 'sentence' and writes:
+        raise ValueError(f"`router` 'sentence' takes the mean of all tokens, and {writes[0].name} must not see those "
+                         "that come after; use 'token', or name other `rows`")
+
+def _try_sentences(arch):
+    "Run two tokens through the model: does every layer get them as a sentence?"
+    end = getattr(arch.base.config, 'eos_token_id', None) or 0  # some classifiers look for it
+    ids = torch.full((1, 2), end if isinstance(end, int) else end[0], device=arch.device)
+    labels = {'labels': ids} if arch.task_type == 'seq_2_seq_lm' else {}
+    with _evaluating([arch.model]):
+        arch.model(**model_inputs(arch, {'input_ids': ids, 'attention_mask': torch.ones_like(ids), **labels}))
 
 # %% ../nbs/31_moebert.ipynb #e9d9c333
 def moebert(
@@ -177,16 +199,24 @@ def moebert(
 ) -> Arch:                          # The same handle
     "Turn feed-forward layers into experts that share their most important neurons (Zuo et al. 2022)"
     ffns = _layers_to_change(arch, rows)
+    _check_sentences(arch, ffns, router)
     hands = _deal_all(arch, ffns, imp, expert_size, shared, n_experts)
     new = []
     for ffn in ffns:
         common, own = hands[ffn.row]
         experts = Experts.from_ffn(ffn, own)
         kind = MoE if router == 'hash' else RoutedMoE
-        new.append(kind(experts, _router(arch, router, experts, counts, seed + ffn.row), 1,
+        new.append(kind(experts, _router(arch, router, experts, counts, 1000 * seed + ffn.row), 1,
                         shared=_shared_of(ffn, common)).train(arch.model.training))
+    sites = {p.name: p.site for ffn in ffns for p in (ffn.up, ffn.gate, ffn.down) if p}
     for ffn, moe in zip(ffns, new):
         ffn.replace(moe)
+    if router == 'sentence':
+        try:
+            _try_sentences(arch)
+        except ValueError:
+            _put_back(arch, sites, len(arch.history))
+            raise
     arch.history.append({'verb': 'moebert', 'rows': [f.row for f in ffns], 'expert_size': expert_size, 'shared': shared,
                          'n_experts': [m.n_experts for m in new], 'router': router, 'balanced': counts is not None,
                          'seed': seed})
@@ -201,7 +231,8 @@ def active_params(
     idle = 0
     for moe in moes(arch).values():
         each = sum(p.numel() for n, p in moe.experts.named_parameters(recurse=False) if n != 'bias') // moe.n_experts
-        idle += each * (moe.n_experts - (moe.n_experts if moe.is_dense else moe.k or moe.n_experts))
+        k = moe.n_experts if moe.is_dense else moe.k if moe.threshold is None else moe.mean_k or moe.k
+        idle += round(each * (moe.n_experts - (k or moe.n_experts)))
     return {'stored': stored, 'active': stored - idle}
 
 # %% ../nbs/31_moebert.ipynb #101f0496
@@ -215,6 +246,24 @@ def token_counts(
     return torch.tensor(ids).bincount(minlength=size)
 
 # %% ../nbs/31_moebert.ipynb #6fad5a0d
+def _seen(moe):
+    "Probabilities and choices of the batch that was run last"
+    if moe.seen is None:
+        raise ValueError("the model that is trained is not the one that `BalanceLoss` was made for; make it anew")
+    if torch.is_grad_enabled() and not moe.seen[0].requires_grad and moe.router.linear.weight.requires_grad:
+        raise ValueError("gradient checkpointing hides the routers from `BalanceLoss`; use "
+                         "`gradient_checkpointing_kwargs={'use_reentrant': False}`")
+    return moe.seen
+
+def _real(batch, stack, probs):
+    "Which of the tokens of a stack are no padding, (N,) bool"
+    mask = batch['attention_mask'].bool()
+    if stack and batch['labels'].dim() == 2:
+        mask = batch['labels'].ne(-100)
+    mask = mask.flatten().to(probs.device)
+    return mask if len(mask) == len(probs) else torch.ones(len(probs), dtype=torch.bool, device=probs.device)
+
+# %% ../nbs/31_moebert.ipynb #d468f618
 class BalanceLoss(AddedLoss):
     "Let the learned routers of `arch` spread their tokens; the mean over layers, in each batch"
     def __init__(
@@ -225,17 +274,20 @@ class BalanceLoss(AddedLoss):
         super().__init__()
         if not weight >= 0:
             raise ValueError(f"`weight` must be 0 or more, got {weight!r}")
-        if _describe_routed(arch) is None:
+        found = {row: m for row, m in moes(arch).items() if isinstance(m, RoutedMoE) and not m.is_dense}
+        if not found:
             raise ValueError("`arch` has no router that learns; `moebert(arch, ..., router='token')` makes some")
-        self.find, self.weight = lambda: [m for m in moes(arch).values() if isinstance(m, RoutedMoE)], weight
+        stacks, self.weight = {row: arch.ffns[row].stack for row in found}, weight
+        self.find = lambda: [(m, stacks[row]) for row, m in moes(arch).items() if row in stacks]
 
     def counts(self, batch): return batch['attention_mask'].sum()
 
     def forward(self, outputs, batch):
-        real, terms = batch['attention_mask'].flatten().bool(), []
-        for moe in self.find():
-            probs, chosen = moe.seen
-            real = real if len(real) == len(probs) else torch.ones(len(probs), dtype=torch.bool, device=probs.device)
+        terms = []
+        for moe, stack in self.find():
+            probs, chosen = _seen(moe)
+            real = _real(batch, stack, probs)
             load = chosen[real].float().mean(0)                                  # (E,)
             terms.append(moe.n_experts * (load * probs[real].float().mean(0)).sum() / moe.k)
+            moe.seen = None
         return self.weight * torch.stack(terms).mean() * batch['attention_mask'].sum()

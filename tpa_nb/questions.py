@@ -6,6 +6,7 @@
 __all__ = ['answer_scores', 'SquadScores', 'QuestionTask', 'question_task', 'best_span', 'load_squad', 'toy_questions']
 
 # %% ../nbs/13_questions.ipynb #14efea3c
+import copy
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from fastcore.basics import patch
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 # %% ../nbs/13_questions.ipynb #85a0ff50
-from .tasks import Task, _LocalMetric
+from .tasks import Task, _check_positions, _LocalMetric
 
 # %% ../nbs/13_questions.ipynb #6c8c863e
 def answer_scores(
@@ -68,8 +69,8 @@ class _Question(Task):
     stratified = False
 
     def answers(self, tokenizer):
-        "A function (logits of starts and ends, labels) to both as one tensor, (B, 2, T)"
-        return lambda outputs, labels: torch.stack([outputs[0], outputs[1]], 1)
+        "A function (logits of starts and ends, labels) to both as one tensor, (B, T, 2)"
+        return lambda outputs, labels: torch.stack([outputs[0], outputs[1]], -1)
 
     def losses(self, tokenizer):
         "A function (outputs, batch) to the mean cross-entropy of start and end of each window, (B,)"
@@ -81,13 +82,18 @@ class _Question(Task):
     def scorer(self, tokenizer):
         "A function of predictions and labels to EM and F1"
         def score(eval_pred):
-            found = _read_answers(self, np.asarray(eval_pred[0]), np.asarray(eval_pred[1]), tokenizer)
+            logits, labels = map(np.asarray, eval_pred)
+            if np.isnan(logits).any():
+                raise ValueError("the model gives scores that are not numbers; lower the learning rate")
+            found = _read_answers(self, logits, labels, tokenizer)
             right = list(map(_by_number(self), found))
             return self.metric.compute(predictions=list(found.values()), references=[r['answers'] for r in right])
         return score
 
     def collator(self, tokenizer):
-        "A function that pads windows to a batch"
+        "A function that pads windows to a batch, on the right: labels count from the first token"
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.padding_side = 'right'
         return DataCollatorWithPadding(tokenizer)
 
 # %% ../nbs/13_questions.ipynb #e1d1a87a
@@ -113,7 +119,10 @@ class QuestionTask(_Question):
         return (f"QuestionTask({self.name}: {len(self.train):,} training and {len(self.validation):,} validation "
                 f"questions; {self.main_metric})")
 
-    def check_model(self, config) -> str: return 'generic'  # start and end mean the same everywhere
+    def check_model(self, config) -> str:
+        "Refuse a model with too few positions; start and end mean the same everywhere"
+        _check_positions(self, config)
+        return 'generic'
 
     @property
     def majority(self) -> float:
@@ -136,7 +145,7 @@ def _check_row(where, row, unanswerable):
     if not row['answers'] and not unanswerable:
         raise ValueError(f"{where} has no answer; `unanswerable=True` allows that")
     for text, start in zip(row['answers'], row['starts']):
-        if row['context'][start:start + len(text)] != text or not text or start < 0:
+        if row['context'][start:start + len(text)] != text or not text.strip() or start < 0:
             raise ValueError(f"{where}: the answer {text!r:.40} does not stand at character {start} of the passage")
 
 def question_task(
@@ -162,15 +171,20 @@ def question_task(
 # %% ../nbs/13_questions.ipynb #11f0c9b3
 def _windows(task, rows, tokenizer, truncation=True):
     "Token ids of the windows of `rows`, with offsets of characters"
+    if not tokenizer.is_fast:
+        raise ValueError(f"`tokenizer` {type(tokenizer).__name__} does not say where its tokens stand in the text; "
+                         "questions need a fast tokenizer")
+    questions = [q.strip() for q in rows['question']]  # SQuAD has some with blanks before them
     settings = dict(truncation='only_second', max_length=task.max_length, stride=task.stride,
                     return_overflowing_tokens=True) if truncation else dict(verbose=False)
     try:
-        enc = tokenizer(rows['question'], rows['context'], return_offsets_mapping=True, **settings)
+        return tokenizer(questions, rows['context'], return_offsets_mapping=True, **settings)
     except Exception as e:
         if type(e).__name__ != 'PanicException' and 'truncat' not in str(e).lower() and 'stride' not in str(e):
             raise
-        raise ValueError(f"a question leaves no room for its passage in `max_length` {task.max_length} tokens") from e
-    return enc
+        longest = max(questions, key=lambda q: len(tokenizer(q)['input_ids']))
+        raise ValueError(f"the question {longest!r:.60} leaves no room for its passage in `max_length` "
+                         f"{task.max_length} tokens") from e
 
 def _passage(enc, i):
     "Which tokens of window `i` belong to the passage, (T,) bool"
@@ -194,7 +208,9 @@ def encode_rows(self: QuestionTask, rows: dict, tokenizer: PreTrainedTokenizerBa
         answers, starts = rows['answers'][row], rows['starts'][row]
         place = (0, 0)
         if answers:
-            place = _span(enc['offset_mapping'][i], _passage(enc, i), starts[0], starts[0] + len(answers[0]))
+            blanks = len(answers[0]) - len(answers[0].lstrip())
+            first, text = starts[0] + blanks, answers[0].strip()
+            place = _span(enc['offset_mapping'][i], _passage(enc, i), first, first + len(text))
         labels.append([*place, rows['index'][row], seen[row]])
         seen[row] += 1
     kept = {k: v for k, v in enc.items() if k not in ('offset_mapping', 'overflow_to_sample_mapping')}
@@ -236,10 +252,10 @@ def _by_number(task):
     return row
 
 def _read_answers(task, logits, labels, tokenizer):
-    "Answer by number of the row, from logits (windows, 2, T) and labels (windows, 4)"
+    "Answer by number of the row, from logits (windows, T, 2) and labels (windows, 4)"
     found, rows = {}, _by_number(task)
     for z, (_, _, row, window) in zip(logits, labels):
-        found.setdefault(int(row), {})[int(window)] = z
+        found.setdefault(int(row), {})[int(window)] = z.T
     return {i: _read_out(task, rows(i), tokenizer, windows) for i, windows in found.items()}
 
 # %% ../nbs/13_questions.ipynb #78fefd49
@@ -256,6 +272,8 @@ def load_squad(
     "Load SQuAD from `data_dir`, the folder in TPA_DATA, or the hub"
     if version not in _SQUAD:
         raise ValueError(f"`version` must be '1.1' or '2.0', got {version!r}")
+    if n_train is not None and n_train < 1:
+        raise ValueError(f"`n_train` must be 1 row or more, got {n_train!r}")
     data_dir = data_dir or os.environ.get('TPA_DATA')
     found = _from_folder(Path(data_dir).expanduser(), version) if data_dir else _from_hub(version, revision)
     (train, validation), source = found

@@ -7,6 +7,7 @@ __all__ = ['recipe_methods', 'Recipe', 'register_method']
 
 # %% ../nbs/34_recipe.ipynb #1c49d25c
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class _Pruning:
     scope: str = 'global'                # Rank heads over the whole model or per 'layer'
     criterion: str = 'importance'        # What decides: 'importance', or 'random' as a control
     normalize: str | None = 'layer'      # Scores: L2 norm per 'layer', over the 'model', or None
-    iterative_steps: int = 1             # Shares in which heads go; importance is measured again before each
+    iterative_steps: int = 1             # Shares in which heads or, by `weight_ratio`, weights go; measured before each
     max_drop: float | None = None        # Stop pruning when the score falls by more, on held-out training rows
     holdout: float = 0.1                 # Share of the training rows for that
     warm_up: float = 0.5                 # Share of all steps before importance is measured; 0 for none
@@ -124,7 +125,7 @@ def _check_recipe(recipe):
 
 def _check_numbers(recipe):
     "Raise unless every number is within its limits"
-    if not ((recipe.distill_weight or 0) >= 0 and recipe.temperature > 0):
+    if not (0 <= (recipe.distill_weight or 0) < math.inf and 0 < recipe.temperature < math.inf):
         raise ValueError(f"`distill_weight` must be 0 or more and `temperature` above 0, got {recipe.distill_weight!r} "
                          f"and {recipe.temperature!r}")
     least = {'calibration': 1, 'n_sparse': 0, 'expert_r': 0, 'r': 1, 'r_high': 1, 'r_low': 1, 'batch_size': 1,

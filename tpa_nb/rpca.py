@@ -177,7 +177,11 @@ def inexact_alm(
 ) -> tuple[torch.Tensor, torch.Tensor, int]:  # Low-rank part, sparse part (B, m, n), steps
     "Split `W` by principal component pursuit (Lin et al. 2010): the reference for `grebsmo`"
     W = _check_matrices(W, 1)
-    lam = lam or max(W.shape[1:]) ** -0.5
+    lam = max(W.shape[1:]) ** -0.5 if lam is None else lam
+    if not lam > 0:
+        raise ValueError(f"`lam` must be above 0, got {lam!r}")
+    if not W.abs().amax((1, 2)).all():
+        raise ValueError("`W` holds a matrix of zeros, which has no parts")
     top = torch.linalg.matrix_norm(W, 2, keepdim=True)
     Y = W / top.maximum(W.abs().amax((1, 2), keepdim=True) / lam)
     mu, S, norm = 1.25 / top, torch.zeros_like(W), W.flatten(1).norm(dim=1)

@@ -253,16 +253,20 @@ def provenance(self: Task) -> dict:
             'sha256': {split: hashlib.sha256(text.encode()).hexdigest() for split, text in lines.items()}}
 
 # %% ../nbs/02_tasks.ipynb #7fc951ba
+def _check_positions(task, config):
+    "Raise unless the model has positions for rows as long as `task` allows"
+    limit = getattr(config, 'max_position_embeddings', None) or task.max_length
+    if task.max_length > limit:
+        raise ValueError(f"`max_length` is {task.max_length}, but the model has {limit} positions; "
+                         f"use task.with_max_length({limit}) or less")
+
 @patch
 def check_model(
     self: Task,
     config: PretrainedConfig,  # As stored with the checkpoint
 ) -> str:                      # 'same' names, 'generic' ones (LABEL_0, or none), or 'other': the head is another task's
     "Refuse a model with this task's labels in another order, or too few positions for its `max_length`"
-    limit = getattr(config, 'max_position_embeddings', None) or self.max_length
-    if self.max_length > limit:
-        raise ValueError(f"`max_length` is {self.max_length}, but the model has {limit} positions; "
-                         f"use task.with_max_length({limit}) or less")
+    _check_positions(self, config)
     names = getattr(config, 'id2label', None) or {}
     theirs = [str(names[i]).lower() for i in sorted(names, key=int)]
     if all(name.removeprefix('label_').isdigit() for name in theirs): return 'generic'
@@ -399,8 +403,9 @@ def truncated(
     tokenizer: PreTrainedTokenizerBase,  # The model's tokenizer
 ) -> int:                                # Rows longer than the task's `max_length`
     "Count the rows that `encode` cuts"
-    whole = _tokenise(self, tokenizer, truncation=False, verbose=False)
-    return sum(len(ids) > self.task.max_length for enc in whole for ids in enc['input_ids'])
+    whole, limit = _tokenise(self, tokenizer, truncation=False, verbose=False), self.task.max_length
+    size = lambda ids, labels: max(len(ids), len(labels) if isinstance(labels, list) else 0)  # a text to be written
+    return sum(size(*row) > limit for enc in whole for row in zip(enc['input_ids'], enc['labels']))
 
 # %% ../nbs/02_tasks.ipynb #6f8aad66
 def _padded(data, collate, batch_size, device):

@@ -139,7 +139,9 @@ def collator(self: PromptTask, tokenizer: PreTrainedTokenizerBase) -> Callable:
     start = self.decoder_start or (tokenizer.pad_token_id,)
     def collate(features):
         batch = tokenizer.pad(features, return_tensors='pt', padding_side='left' if is_causal else None)
-        if not is_causal:
+        if is_causal:  # GPT-2 would count the padding
+            batch['position_ids'] = (batch['attention_mask'].cumsum(-1) - 1).clamp(min=0)
+        else:
             batch['decoder_input_ids'] = torch.tensor([[*start, *shared]] * len(features))
         return batch
     return collate
@@ -294,6 +296,9 @@ def encode_rows(self: TextTask, rows: dict, tokenizer: PreTrainedTokenizerBase, 
     sources = [_with_ends(s, tokenizer, end=False) for s in sources]
     texts = [_with_ends(t, tokenizer, start=False) for t in texts]
     labels = [([-100] * len(s) + t)[:limit] for s, t in zip(sources, texts)]
+    for i, row in enumerate(labels):
+        if len(sources[i]) >= len(row):
+            raise ValueError(f"`max_length` {self.max_length} leaves nothing of the text for {rows['source'][i]!r:.60}")
     ids = [(s + t)[:limit] for s, t in zip(sources, texts)]
     return {'input_ids': ids, 'attention_mask': [[1] * len(i) for i in ids], 'labels': labels}
 

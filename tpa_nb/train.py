@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -143,6 +144,21 @@ def _check_stored(trainer):
                          "and `early_stopping`, or use `deepspeed`")
 
 # %% ../nbs/06_train.ipynb #7b7eb218
+def _check_adapter(model, folder):
+    "Raise unless the adapter stored in `folder` has the shapes, the positions and the masks of that of `model`"
+    file = Path(folder) / 'adapter_model.safetensors'
+    if not hasattr(model, 'peft_config') or not file.exists():
+        return
+    stored = get_peft_model_state_dict(model, save_embedding_layers=False)
+    ours, theirs = ({n: t.cpu() for n, t in found.items() if 'lora_' in n} for found in (stored, load_file(file)))
+    for name in sorted({*ours, *theirs}):
+        a, b = ours.get(name), theirs.get(name)
+        # bytes are masks, which belong to zeros of the weights beneath
+        if a is None or b is None or a.shape != b.shape or (a.dtype == torch.uint8 and not torch.equal(a, b)):
+            raise ValueError(f"{folder} holds another adapter than this model has, with other ranks or masks: "
+                             f"{name!r}; give another `output_dir` or leave out `resume`")
+
+# %% ../nbs/06_train.ipynb #91625682
 class _Whole(Trainer):
     "A Trainer whose checkpoints hold all that trains"
     added = ()   # `AddedLoss` modules
@@ -173,6 +189,7 @@ class _Whole(Trainer):
             tensor.copy_(value)
 
     def _load_from_checkpoint(self, folder, *args, **kwargs):
+        _check_adapter(self.model, folder)
         self._load_beside(folder)
         super()._load_from_checkpoint(folder, *args, **kwargs)
 
@@ -365,6 +382,16 @@ def _check_run(epochs, lr, batch_size, early_stopping, resume, output_dir):
     if resume and not output_dir:
         raise ValueError("`resume` needs the `output_dir` of the run that was stopped")
 
+# %% ../nbs/06_train.ipynb #f714465d
+def _check_learning(arch, task, kwargs):
+    "Raise unless what is to be trained can learn"
+    if any(getattr(m, 'merged', False) for m in arch.model.modules()):
+        raise ValueError("`arch` has an adapter merged in place, which would learn nothing; call "
+                         "`arch.model.unmerge_adapter()` to train it, or `merge_lora(arch)` to fold it in")
+    if kwargs.get('label_smoothing_factor') and (kwargs.get('added') or hasattr(task, 'losses')):
+        raise ValueError(f"`label_smoothing_factor` works on a task's plain loss alone, not on {task.name!r} with "
+                         "added losses or a loss of its own")
+
 def _run(trainer, resume):
     "Train, from the last checkpoint if asked and there is one"
     _check_stored(trainer)
@@ -427,6 +454,7 @@ def finetune(
     "Train `arch` on `task` with the Hugging Face Trainer"
     lr = default_lr(arch) if lr is None else lr
     _check_run(epochs, lr, batch_size, early_stopping, resume, output_dir)
+    _check_learning(arch, task, kwargs)
     train, held = task.split(holdout, seed) if early_stopping else (task.examples('train'), None)
     settings = dict(num_train_epochs=epochs, learning_rate=lr, seed=seed)
     start = time.perf_counter()
