@@ -46,7 +46,9 @@ TABLES = {
     '3': [('zeros', dict(ratio=0))] + [
         ('zeros', dict(ratio=ratio, mask=mask)) for ratio, mask in product((20, 30, 50), ('merged', 'weight'))] + [
         ('zeros', dict(ratio=50, sparse=0))],
-    '7': [('zeros', dict(ratio=50, by=by)) for by in ('final', 'random')],
+    '7': [('zeros', dict(ratio=50, **way)) for way in (dict(by='final'), dict(by='random'), dict(scope='matrix'),
+                                                         dict(by='final', scope='matrix'))] + [
+        ('zeros', dict(ratio=ratio, by='final')) for ratio in (20, 30)],
     '14': [('zeros', dict(ratio=50, steps=4))],
     '6': [('heads', dict(heads=n)) for n in (9, 6, 3)] + [('heads', dict(heads=6, by='random'))]}
 
@@ -98,7 +100,8 @@ def tune_again(arch, task, asked, lr, epochs, seed):
         return
     ratios = gradual_ratios(asked['ratio'] / 100, asked.get('steps', 1))
     for i, ratio in enumerate(ratios):
-        mask_from_update(arch, ratio, criterion=asked.get('by', 'update'), mask=asked.get('mask', 'merged'), seed=seed)
+        mask_from_update(arch, ratio, criterion=asked.get('by', 'update'), scope=asked.get('scope', 'global'),
+                         mask=asked.get('mask', 'merged'), seed=seed)
         train(epochs=epochs / len(ratios), seed=seed + 1000 + i)
 
 
