@@ -39,9 +39,9 @@ def at_most(task, rows, seed=0):
     return replace(task, name=name, train=task.calibration(rows, seed).rows, partial=True)
 
 
-def slice_of(task):
+def slice_of(task, share=SLICE):
     "The task with a slice of its training rows in place of the validation rows"
-    train, held = task.split(SLICE, seed=0)
+    train, held = task.split(share, seed=0)
     return replace(task, train=train.rows, validation=held.rows)
 
 

@@ -13,7 +13,7 @@ def script(monkeypatch):
     "The script on generated records, with a tiny model"
     pytest.importorskip('sacrebleu')
     module = opened('experiments', 'data_to_text', monkeypatch)
-    changes = dict(load_data_to_text=lambda name, data_dir: toy_records(), best_rate=lambda kind: 1e-3, HELD=10,
+    changes = dict(load_data_to_text=lambda name, data_dir, n_train: toy_records(), best_rate=lambda kind: 1e-3, HELD=1 / 8,
                    SIZES=dict(n_positions=128, n_embd=32, n_layer=2, n_head=2), VOCABULARY=300, RANK=4, SPARSE=8)
     for name, value in changes.items():
         monkeypatch.setattr(module, name, value)
@@ -34,7 +34,6 @@ def test_every_way_gets_the_same_steps(script, tmp_path):
 def test_rates_are_chosen_on_training_records(script, tmp_path):
     tuned = script.run(Cell('e2e', 'tune-adapter', 'lr=1e-03'), data_dir='', cache=tmp_path)
     assert tuned['rows']['validation'] == 10 == tuned['bleu']
-    task = script.load_data_to_text('e2e', '')
-    part = script.held_out(task)
+    part = script.slice_of(script.load_data_to_text('e2e', '', 0), script.HELD)
     assert not set(part.train['source'][:]) & set(part.validation['source'][:])
     assert not (tmp_path / 'whole').exists()
