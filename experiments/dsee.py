@@ -21,7 +21,7 @@ from fastcore.script import call_parse, store_true
 from shared import answers, at_most, choices, kept, need_data, setting, slice_of, steps_of, zeros_of
 
 from tpa_nb.arch import Arch
-from tpa_nb.dsee import add_dsee, merge_dsee
+from tpa_nb.dsee import DSEELinear, add_dsee, merge_dsee
 from tpa_nb.lora import n_trainable
 from tpa_nb.masks import gradual_ratios, mask_from_update, prune_adapted_heads, update_importance
 from tpa_nb.profile import count_flops, count_params, latency_together
@@ -88,6 +88,14 @@ def half_way(task, seed, asked, lr, epochs, cache):
     return kept(Path(cache) / key, make)
 
 
+@torch.no_grad()
+def sparse_norm(arch):
+    "Norm of the residual beside that of the whole update, the mean over the adapted matrices"
+    layers = [m for m in arch.base.modules() if isinstance(m, DSEELinear)]
+    return sum((m.lora_S['default'].norm() / m.update().norm()).item() if 'default' in m.lora_S else 0.
+               for m in layers) / len(layers)
+
+
 def tune_again(arch, task, asked, lr, epochs, seed):
     "Zero weights at once or gradually, or remove heads, and train on"
     train = partial(finetune, arch, task, lr=lr, mixed_precision='bf16')
@@ -121,7 +129,7 @@ def run(cell, data_dir, cache):
         arch = adapted(task, cell.seed, asked)
         trainable = n_trainable(arch)
         finetune(arch, task, epochs, lr, seed=cell.seed, mixed_precision='bf16')
-    found = {**answers(arch, task), 'trainable': trainable, 'lr': lr}
+    found = {**answers(arch, task), 'trainable': trainable, 'lr': lr, 'sparse_norm': sparse_norm(arch)}
     merge_dsee(arch, densify=asked.get('mask') == 'weight')
     if cell.method == 'heads':
         dense = Arch.from_pretrained('minilm', task, cell.seed)

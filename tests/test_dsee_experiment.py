@@ -22,6 +22,7 @@ def test_every_cell_of_the_tables_runs(script, tmp_path):
         if 'heads' in asked:
             assert r['heads'] == [asked['heads']] * 2 and r['flops'] < r['dense_flops']
     assert {r['steps'] for r in found.values()} == {8}
+    assert found['adapter', ''].get('sparse_norm', 0) > 0 == found['adapter', 'sparse=0']['sparse_norm']
     equal = [found['adapter', script.setting(**way)]['trainable'] for way in script.EQUAL]
     assert equal[0] == equal[1]
     zeros = {s: r['zeros'] for (m, s), r in found.items() if m == 'zeros'}

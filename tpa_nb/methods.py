@@ -94,7 +94,7 @@ class _Measure:
 
 def _by_criterion(scores, recipe, draw):
     "`scores`; for the control random ones in their place"
-    if recipe.criterion == 'importance':
+    if recipe.criterion != 'random':
         return scores
     return torch.rand(scores.shape, generator=draw).where(~scores.isnan(), scores)
 
@@ -201,7 +201,7 @@ def _dsee(arch, task, recipe, progress):
     ratios = gradual_ratios(recipe.weight_ratio, recipe.iterative_steps) if recipe.weight_ratio else [0]
     for part, ratio in enumerate(ratios, 1):
         if ratio:
-            by = 'random' if recipe.criterion == 'random' else 'update'
+            by = {'importance': 'final'}.get(recipe.criterion, recipe.criterion)
             mask_from_update(arch, ratio, criterion=by, seed=recipe.seed)
         else:
             found = update_importance(arch)
@@ -350,6 +350,8 @@ def _check_unused(recipe):
     idle = list(_UNUSED.get(recipe.method, ()))
     if recipe.method == 'dsee':
         idle += ['keep', 'scope'] if recipe.weight_ratio else ['iterative_steps']
+    if recipe.criterion == 'update' and not (recipe.method == 'dsee' and recipe.weight_ratio):
+        idle.append('criterion')
     default = {f.name: f.default for f in fields(Recipe)}
     for name in idle:
         if getattr(recipe, name) != default[name]:
@@ -380,5 +382,6 @@ def dsee_recipe(
     found = dsee_settings(task, model_type)
     epochs = found['epochs'] + found['retune_epochs']
     settings = {name: found[name] for name in ('r', 'n_sparse', 'lora_alpha', 'lr', 'batch_size')}
+    by = 'update' if changes.get('weight_ratio', 0.3) else 'importance'
     return Recipe(**{**settings, 'method': 'dsee', 'epochs': epochs, 'warm_up': found['epochs'] / epochs,
-                     'weight_ratio': 0.3, 'targets': ('q', 'v'), 'train': ('head',), **changes})
+                     'weight_ratio': 0.3, 'criterion': by, 'targets': ('q', 'v'), 'train': ('head',), **changes})

@@ -25,7 +25,7 @@ class _Pruning:
     min_heads: int = 1                   # Heads that every layer keeps
     round_to: int = 1                    # Heads kept per layer are a multiple of this
     scope: str = 'global'                # Rank heads over the whole model or per 'layer'
-    criterion: str = 'importance'        # What decides: 'importance', or 'random' as a control
+    criterion: str = 'importance'        # What decides: 'importance'; 'random' as a control; 'update': DSEE's, for weights
     normalize: str | None = 'layer'      # Scores: L2 norm per 'layer', over the 'model', or None
     iterative_steps: int = 1             # Shares in which heads or, by `weight_ratio`, weights go; measured before each
     max_drop: float | None = None        # Stop pruning when the score falls by more, on held-out training rows
@@ -113,7 +113,7 @@ def _check_budget(recipe):
 def _check_recipe(recipe):
     "Raise unless the recipe's own values make sense; what depends on the model is checked with it"
     choices = {'method': _methods(recipe.method), 'ranks': ('budget', 'top'), 'scope': ('global', 'layer'),
-               'normalize': ('layer', 'model', None), 'criterion': ('importance', 'random'),
+               'normalize': ('layer', 'model', None), 'criterion': ('importance', 'random', 'update'),
                'split': ('kmeans', 'coactivation', 'importance', 'random'),
                'mixed_precision': ('auto', 'no', 'bf16', 'fp16')}
     for name, legal in choices.items():
