@@ -25,7 +25,7 @@ class _Pruning:
     min_heads: int = 1                   # Heads that every layer keeps
     round_to: int = 1                    # Heads kept per layer are a multiple of this
     scope: str = 'global'                # Rank heads over the whole model or per 'layer'
-    criterion: str = 'importance'        # What decides: 'importance'; 'random' as a control; 'update': DSEE's, for weights
+    criterion: str = 'importance'        # What decides: 'importance', 'random' as a control, DSEE's 'update'
     normalize: str | None = 'layer'      # Scores: L2 norm per 'layer', over the 'model', or None
     iterative_steps: int = 1             # Shares in which heads or, by `weight_ratio`, weights go; measured before each
     max_drop: float | None = None        # Stop pruning when the score falls by more, on held-out training rows
