@@ -187,6 +187,8 @@ def test_other_routers_can_be_put_into_a_routed_layer(task):
     for f in arch.ffns:
         set_router(f, OracleRouter(moes(arch)[f.row].n_experts))
     assert arch.model(**tiny_batch(arch)).logits.isfinite().all()
+    with pytest.raises(ValueError, match='no router that learns'):
+        BalanceLoss(arch)
 
 
 def test_experts_that_share_neurons_make_no_plain_layer():

@@ -214,7 +214,7 @@ def moebert(
     if router == 'sentence':
         try:
             _try_sentences(arch)
-        except ValueError:
+        except BaseException:
             _put_back(arch, sites, len(arch.history))
             raise
     arch.history.append({'verb': 'moebert', 'rows': [f.row for f in ffns], 'expert_size': expert_size, 'shared': shared,
@@ -274,7 +274,8 @@ class BalanceLoss(AddedLoss):
         super().__init__()
         if not weight >= 0:
             raise ValueError(f"`weight` must be 0 or more, got {weight!r}")
-        found = {row: m for row, m in moes(arch).items() if isinstance(m, RoutedMoE) and not m.is_dense}
+        found = {row: m for row, m in moes(arch).items()
+                 if isinstance(m, RoutedMoE) and isinstance(m.router, TokenRouter) and not m.is_dense}
         if not found:
             raise ValueError("`arch` has no router that learns; `moebert(arch, ..., router='token')` makes some")
         stacks, self.weight = {row: arch.ffns[row].stack for row in found}, weight
