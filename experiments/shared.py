@@ -71,6 +71,6 @@ def steps_of(arch):
 
 def zeros_of(arch):
     "Share of zeros among the weights of attentions and feed-forward layers"
-    weights = [p.linear.weight for a in arch.attns for p in (a.q, a.k, a.v, a.o)]
-    weights += [p.linear.weight for f in arch.ffns for p in (f.up, f.down)]
+    parts = [p for a in arch.attns for p in (a.q, a.k, a.v, a.o)] + [p for f in arch.ffns for p in (f.up, f.down)]
+    weights = {p.name: p.linear.weight for p in parts}.values()  # GPT-2's q, k and v are one matrix
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
