@@ -28,7 +28,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogi
 # %% ../nbs/17_generation.ipynb #77a9c333
 from .arch import Arch
 from .profile import _check_count, _evaluating
-from .tasks import Examples, _holdout, _LocalMetric
+from .tasks import Examples, _LocalMetric
 from .text import Perplexity, TextTask, _with_ends
 
 # %% ../nbs/17_generation.ipynb #9a75c2f1
@@ -150,6 +150,7 @@ class DataToText(TextTask):
     separator: str = '\n'          # Between record and text, where one model reads both
     length_penalty: float = 0.9    # Exponent of the length in the score of a beam
     text_metric: evaluate.Metric = field(default_factory=TextScores)  # Scores what is written
+    unit = 'source'                # rows of one record are held out together
 
     def __post_init__(self):
         super().__post_init__()
@@ -177,20 +178,6 @@ def grouped(
     for source, target in zip(rows['source'][:], rows['target'][:]):
         found.setdefault(source, []).append(target)
     return found
-
-# %% ../nbs/17_generation.ipynb #5cb2b2ab
-@patch
-def split(
-    self: DataToText,
-    holdout: float = 0.1,        # Share of the training records to hold out
-    seed: int = 0,               # Seed of the draw
-) -> tuple[Examples, Examples]:  # Rows to train on, rows of the records held out
-    "Cut the training records in two"
-    sources = self.train['source'][:]
-    records = list(dict.fromkeys(sources))
-    held = {records[i] for i in _holdout(range(len(records)), holdout, seed, False)[1]}
-    return tuple(Examples(self, self.train.select([i for i, s in enumerate(sources) if (s in held) == out]))
-                 for out in (False, True))
 
 # %% ../nbs/17_generation.ipynb #224fbd17
 def _expanded(split, rows):

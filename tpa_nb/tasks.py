@@ -167,6 +167,7 @@ class Task:
     task_type = 'seq_cls'                # What has to stand on the backbone, in PEFT's words
     greater_is_better = True             # Does a higher main score mean a better model?
     stratified = True                    # Has each part of a `split` the same share of every label?
+    unit = None                          # Column whose equal values a `split` keeps together
 
     def __post_init__(self):
         _check_names(self)
@@ -365,6 +366,12 @@ def _holdout(labels, share, seed, stratified):
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
+def _holdout_units(units, share, seed):
+    "Rows to keep and to hold out, where rows of the same unit stay together"
+    names = list(dict.fromkeys(units))
+    held = {names[i] for i in _holdout(range(len(names)), share, seed, False)[1]}
+    return tuple([i for i, unit in enumerate(units) if (unit in held) == out] for out in (False, True))
+
 @patch
 def split(
     self: Task,
@@ -373,7 +380,10 @@ def split(
 ) -> tuple[Examples, Examples]:  # Rows to train on, rows held out for early stopping
     "Cut the training rows in two, with the same label balance where rows are classified"
     by_label = self.stratified and not self.is_regression
-    kept, held = _holdout(self.train['label'] if by_label else range(len(self.train)), holdout, seed, by_label)
+    if self.unit:
+        kept, held = _holdout_units(self.train[self.unit][:], holdout, seed)
+    else:
+        kept, held = _holdout(self.train['label'] if by_label else range(len(self.train)), holdout, seed, by_label)
     return Examples(self, self.train.select(kept)), Examples(self, self.train.select(held))
 
 # %% ../nbs/02_tasks.ipynb #f27ee604

@@ -145,7 +145,7 @@ def _check_stored(trainer):
 
 # %% ../nbs/06_train.ipynb #7b7eb218
 def _check_adapter(model, folder):
-    "Raise unless the adapter stored in `folder` has the shapes, the positions and the masks of that of `model`"
+    "Raise unless the adapter stored in `folder` has the shapes and the masks of that of `model`"
     file = Path(folder) / 'adapter_model.safetensors'
     if not hasattr(model, 'peft_config') or not file.exists():
         return
