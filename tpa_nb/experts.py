@@ -131,8 +131,8 @@ def from_ffn(
     biases = {name: None if bias is None else bias[members] for name, bias in biases.items()}
     new = cls(ffn.up.weight[members], ffn.down.weight.T[members], ffn.act, gate and gate.weight[members], **biases,
               bias=ffn.down.bias, neurons=members)
-    for p in new.parameters():
-        p.requires_grad_(ffn.up.weight.requires_grad)
+    for name, p in new.named_parameters(recurse=False):  # what is frozen stays so
+        p.requires_grad_(ffn.own[name].requires_grad)
     return new
 
 # %% ../nbs/20_experts.ipynb #11fb1ede

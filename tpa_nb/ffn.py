@@ -256,3 +256,14 @@ def restore(
     for proj, weight, bias, _ in parts:
         self.root.set_submodule(proj.name, _dense(weight, bias, conv1d))
     self.down.linear._tpa_neurons, self.down.linear._tpa_d_ff = ids, max(core._tpa_d_ff, max(ids) + 1)
+
+
+@patch(as_prop=True)
+def own(
+    self: FFN,
+) -> dict[str, nn.Parameter]:  # As the layer holds them: whole where matrices are stored together, Conv1D's transposed
+    "Its weights and biases by the names that `restore` takes"
+    linears = {'up': self.up.linear, 'down': self.down.linear} | ({'gate': self.gate.linear} if self.gate else {})
+    biases = {'up_bias': linears['up'].bias, 'bias': linears['down'].bias}
+    biases |= {'gate_bias': linears['gate'].bias} if self.gate else {}
+    return {name: linear.weight for name, linear in linears.items()} | {n: b for n, b in biases.items() if b is not None}

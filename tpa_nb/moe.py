@@ -394,8 +394,11 @@ def _check_plain(ffn, moe):
 def _flatten(ffn, moe):
     "Make `moe`, which stands in the place of `ffn`, a plain layer; neurons that every token uses go to its end"
     order = moe.experts.neurons.flatten().argsort()
-    parts = {n: t.flatten(0, 1)[order] for n, t in moe.experts.named_parameters(recurse=False) if n != 'bias'}
+    found = dict(moe.experts.named_parameters(recurse=False))
+    parts = {n: t.flatten(0, 1)[order] for n, t in found.items() if n != 'bias'}
     ffn.restore(**{**parts, 'down': parts['down'].T}, bias=moe.experts.bias)
+    for name, p in ffn.own.items():
+        p.requires_grad_(found[name].requires_grad)
     if moe.shared is not None:
         own = {name: p.detach() for name, p in moe.shared.named_parameters()}
         ffn.add_neurons(**{**own, 'down': own['down'].T})
