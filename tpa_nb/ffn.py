@@ -258,6 +258,8 @@ def restore(
     self.down.linear._tpa_neurons, self.down.linear._tpa_d_ff = ids, max(core._tpa_d_ff, max(ids) + 1)
 
 
+
+# %% ../nbs/19_ffn.ipynb #5610046f
 @patch(as_prop=True)
 def own(
     self: FFN,
@@ -266,4 +268,5 @@ def own(
     linears = {'up': self.up.linear, 'down': self.down.linear} | ({'gate': self.gate.linear} if self.gate else {})
     biases = {'up_bias': linears['up'].bias, 'bias': linears['down'].bias}
     biases |= {'gate_bias': linears['gate'].bias} if self.gate else {}
-    return {name: linear.weight for name, linear in linears.items()} | {n: b for n, b in biases.items() if b is not None}
+    biases = {name: bias for name, bias in biases.items() if bias is not None}
+    return {name: linear.weight for name, linear in linears.items()} | biases
