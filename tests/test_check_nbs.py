@@ -341,6 +341,12 @@ def not_there(h): h.listed.append('02_gone.ipynb')
 def listed_twice(h): h.listed.append('00_thing.ipynb')
 
 
+@breaks('index')
+def not_in_index(h):
+    h.extra['index.ipynb'] = dict(h.nb, cells=[md('t', '# first\n\n> Blurb'), md('l', 'No [link](01_other.ipynb).')])
+    h.listed.append('index.ipynb')
+
+
 @breaks('addresses')
 def other_owner(h): tutorial(h, badge('tutorials/first.ipynb', COLAB.replace('someone', 'other')))
 

@@ -510,6 +510,16 @@ def entries(contents: list) -> Iterator[str]:
 
 
 @repo_rule
+def index(repo: Repo):
+    "The index, where there is one, names every other notebook"
+    named = {nb.path.relative_to(repo.root/'nbs').as_posix(): nb for nb in repo.notebooks}
+    page = named.pop('index.ipynb', None)
+    links = '' if page is None else '\n'.join(c.source for c in page.cells)
+    for name in sorted(named):
+        if page is not None and f']({name})' not in links: yield page.label, '', f'{name} is not named'
+
+
+@repo_rule
 def addresses(repo: Repo):
     "Colab and install links follow settings.ini: `python tools/set_address.py` writes them"
     s = repo.settings
