@@ -9,12 +9,13 @@ from tpa_nb.runner import Cell
 @pytest.fixture
 def script(experiment):
     "The script on a toy"
-    return experiment('moebert', EPOCHS={'mrpc': 1}, SIZES={22: 8}, best=lambda way, taught=True: (1e-3, int(taught)))
+    return experiment('moebert', EPOCHS={'mrpc': 1}, STUDENT_EPOCHS={'mrpc': 2}, SIZES={22: 8},
+                      best=lambda way, taught=True: (1e-3, int(taught)))
 
 
 def test_students_are_alike_in_size_and_steps(script, tmp_path):
     found = {c.method: script.run(c, data_dir='', cache=tmp_path) for c in script.grid(['mrpc'], [0])}
-    assert {m: r['steps'] for m, r in found.items()} == {'teacher': 2, 'moebert': 4, 'dense-student': 4, 'dense-more': 4}
+    assert {m: r['steps'] for m, r in found.items()} == {'teacher': 2, 'moebert': 6, 'dense-student': 6, 'dense-more': 6}
     assert found['moebert']['active'] == found['dense-student']['active'] == found['dense-student']['stored']
     assert found['moebert']['stored'] == found['teacher']['stored'] == found['dense-more']['active']
     assert found['moebert']['flops'] == found['dense-student']['flops'] < found['teacher']['flops']
@@ -28,7 +29,7 @@ def test_every_ablation_runs(script, tmp_path, monkeypatch):
         asked = {k: tiny.get(v, v) for k, v in script.choices(cell.setting).items()}
         r = script.run(replace(cell, setting=script.setting(**asked)), data_dir='', cache=tmp_path)
         (made,) = r['made']
-        assert r['steps'] == 4 and made['expert_size'] == 22
+        assert r['steps'] == 6 and made['expert_size'] == 22
         assert (r['weight'] == 0) == ('teacher' in asked)
         assert made['shared'] == asked.get('shared', 8)
         assert made['n_experts'][0] == asked.get('experts') or 'experts' not in asked
