@@ -18,6 +18,7 @@ from .text import *
 from .budget import *
 from .generation import *
 from .split import *
+from .compensate import *
 from .ffn import *
 from .experts import *
 from .moe import *

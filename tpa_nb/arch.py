@@ -194,6 +194,7 @@ class Attention:
     path: str          # Dotted name of its layer
     layer: int         # Index of its layer in its stack
     row: int           # Index in `Arch.attns`, the row of importance tensors
+    stack: int = 0     # Index of that stack: 1 for a decoder behind an encoder
     @property
     def name(self) -> str: return f'{self.path}.{self.names.label or self.names.module.split(".")[0]}'
     @property
@@ -506,8 +507,9 @@ def device(self: Arch) -> torch.device:
 @patch(as_prop=True)
 def attns(self: Arch) -> list[Attention]:
     "Every attention: the encoder's layers first, then self and cross of each decoder layer"
-    found = [(names, path, i) for stack, path, i in _layers(self.base, self.family) for names in stack.attns]
-    return [Attention(self.base, names, path, i, row) for row, (names, path, i) in enumerate(found)]
+    found = [(names, path, i, stack) for stack, path, i in _layers(self.base, self.family) for names in stack.attns]
+    return [Attention(self.base, names, path, i, row, self.family.stacks.index(stack))
+            for row, (names, path, i, stack) in enumerate(found)]
 
 @patch(as_prop=True)
 def ffns(self: Arch) -> list[FFN]:

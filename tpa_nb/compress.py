@@ -37,8 +37,8 @@ from .train import evaluate_model
 RIVALS = {'full': ('full fine-tuning', dict(method='full', distill_weight=None)),
           'lora': ('LoRA', dict(method='lora', distill_weight=None)),
           'paper': ('Prune-LoRA (paper)', dict(method='prune-lora', warm_up=0, iterative_steps=1, max_drop=None,
-                                               neuron_ratio=0.0, flops_ratio=None, latency_ratio=None,
-                                               distill_weight=None, ranks='top')),
+                                               compensate='no', neuron_ratio=0.0, flops_ratio=None,
+                                               latency_ratio=None, distill_weight=None, ranks='top')),
           'random': ('random heads', dict(criterion='random')),
           'unpruned': ('unpruned', dict(method='none'))}
 _TITLES = {'prune-lora': 'Prune-LoRA (tpa_nb)', 'full': 'full fine-tuning', 'lora': 'LoRA', 'prune': 'pruned',

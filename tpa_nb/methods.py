@@ -12,7 +12,8 @@ import torch
 
 # %% ../nbs/36_methods.ipynb #f80c9c76
 from .arch import Arch
-from .budget import latency_table, prune_within, select_within, structure_importance
+from .budget import latency_table, select_within, structure_importance
+from .compensate import compensate
 from .distill import distill
 from .dsee import add_dsee, dsee_settings, merge_dsee
 from .importance import head_derivatives, neuron_importance, ranking_stability, score_heads
@@ -22,7 +23,7 @@ from .masks import gradual_ratios, mask_from_update, prune_adapted_heads, update
 from .moe import moefy, moes
 from .moebert import BalanceLoss, RoutedMoE, moebert
 from .profile import _task_length, count_flops
-from .prune import prune_iteratively, prune_neurons, select_heads, select_neurons
+from .prune import prune_heads, prune_iteratively, prune_neurons, select_heads, select_neurons
 from .recipe import Recipe, _checks, register_method
 from .router import relufy, set_dynamic_k
 from .save import open_model
@@ -128,7 +129,8 @@ def _prune(arch, task, recipe, progress):
         return measure
     prune_iteratively(arch, measure, recipe.keep, recipe.pruning_ratio if recipe.keep is None else None,
                       recipe.iterative_steps, recipe.scope, recipe.min_heads, recipe.round_to,
-                      _held_score(task, recipe, progress), recipe.max_drop)
+                      _held_score(task, recipe, progress), recipe.max_drop,
+                      prepare=lambda arch, heads: _take_over(arch, task, recipe, heads=heads))
     if recipe.neuron_ratio:
         _prune_neurons(arch, task, recipe, measure.draw)
     return measure
@@ -138,7 +140,16 @@ def _prune_neurons(arch, task, recipe, draw):
     "Remove the recipe's share of neurons, in eights, from what the heads have left"
     imp = neuron_importance(arch, _calibration(task, recipe), recipe.batch_size)
     imp = [_by_criterion(scores, recipe, draw) for scores in imp]
-    prune_neurons(arch, select_neurons(imp, pruning_ratio=recipe.neuron_ratio, round_to=8))
+    gone = select_neurons(imp, pruning_ratio=recipe.neuron_ratio, round_to=8)
+    prune_neurons(_take_over(arch, task, recipe, neurons=gone), gone)
+
+def _take_over(arch, task, recipe, **gone):
+    "Let what stays take over what goes, `heads` or `neurons`, if the recipe wants it"
+    auto = 'all' if recipe.method in UNTRAINED else 'neurons'
+    wanted = auto if recipe.compensate == 'auto' else recipe.compensate
+    if wanted in ('all', *gone) and any(ids for part in gone.values() for ids in part.values()):
+        compensate(arch, _calibration(task, recipe), **gone, batch_size=recipe.batch_size)
+    return arch
 
 def _prune_to_budget(arch, task, recipe, draw):
     "Remove the heads and neurons that one budget of FLOPs or of measured time does not allow"
@@ -150,7 +161,9 @@ def _prune_to_budget(arch, task, recipe, draw):
     else:
         table = latency_table(arch, **size)
         budget = dict(latency=recipe.latency_ratio * table.predict(arch), table=table)
-    prune_within(arch, select_within(arch, heads, neurons, min_heads=recipe.min_heads, round_to=8, **budget))
+    found = select_within(arch, heads, neurons, min_heads=recipe.min_heads, round_to=8, **budget)
+    prune_heads(_take_over(arch, task, recipe, heads=found.heads), found.heads, recipe.min_heads)
+    prune_neurons(_take_over(arch, task, recipe, neurons=found.neurons), found.neurons)
 
 def _calibration(task, recipe):
     "The training examples on which importance is measured"
@@ -341,7 +354,7 @@ for _name, _run, _check in (('full', _full, None), ('lora', _lora, None),
     register_method(_name, _run, _check)
 
 # %% ../nbs/36_methods.ipynb #9f49b18c
-_BUDGETS = ('neuron_ratio', 'flops_ratio', 'latency_ratio', 'max_drop')
+_BUDGETS = ('neuron_ratio', 'flops_ratio', 'latency_ratio', 'max_drop', 'compensate')
 _UNUSED = {'dsee': _BUDGETS, 'moefy': ('keep', 'iterative_steps', *_BUDGETS),
            'moebert': ('keep', 'iterative_steps', *_BUDGETS), 'prune': ('distill_weight',), 'none': ('distill_weight',)}
 

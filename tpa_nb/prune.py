@@ -198,6 +198,7 @@ def prune_iteratively(
     score: Callable[[Arch], float] | None = None,  # Quality, higher is better; for `max_drop`
     max_drop: float | None = None,            # Stop, and take the last share back, when `score` falls by more
     within_groups: bool = False,              # Where heads share keys: as in `select_heads`
+    prepare: Callable[[Arch, dict], object] | None = None,  # Called before each share goes, with what goes
 ) -> Arch:                                    # The same handle; its history holds the score after each share
     "Remove heads a share at a time, measuring again before each (Michel et al. 2019, section 4.1)"
     _check_iteration(iterative_steps, score, max_drop)
@@ -209,6 +210,8 @@ def prune_iteratively(
         first = score(arch) if score and first is None else first
         selection = select_heads(imp, goals[i], **policy)
         before = arch.clone() if score else None
+        if prepare:
+            prepare(arch, selection)
         prune_heads(arch, selection, min_heads)
         if score and selection and _fell(arch, before, score(arch), first, max_drop):
             break

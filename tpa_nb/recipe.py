@@ -28,6 +28,7 @@ class _Pruning:
     criterion: str = 'importance'        # What decides: 'importance', 'random' as a control, DSEE's 'update'
     normalize: str | None = 'layer'      # Scores: L2 norm per 'layer', over the 'model', or None
     iterative_steps: int = 1             # Shares in which heads or, by `weight_ratio`, weights go; measured before each
+    compensate: str = 'auto'             # What stays takes over: 'neurons', 'all' (heads too), 'no'; 'auto' by method
     max_drop: float | None = None        # Stop pruning when the score falls by more, on held-out training rows
     holdout: float = 0.1                 # Share of the training rows for that
     warm_up: float = 0.5                 # Share of all steps before importance is measured; 0 for none
@@ -115,7 +116,7 @@ def _check_recipe(recipe):
     choices = {'method': _methods(recipe.method), 'ranks': ('budget', 'top'), 'scope': ('global', 'layer'),
                'normalize': ('layer', 'model', None), 'criterion': ('importance', 'random', 'update'),
                'split': ('kmeans', 'coactivation', 'importance', 'random'),
-               'mixed_precision': ('auto', 'no', 'bf16', 'fp16')}
+               'compensate': ('auto', 'all', 'neurons', 'no'), 'mixed_precision': ('auto', 'no', 'bf16', 'fp16')}
     for name, legal in choices.items():
         value = getattr(recipe, name)
         if value not in legal:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/18_split.ipynb #e76e777e
-from .arch import Arch, FFN
+from .arch import Arch, Attention, FFN
 from .importance import _as_batches, _frozen, model_inputs
 from .tasks import Examples
 
@@ -131,14 +131,14 @@ def _decoder_mask(batch):
         return mask
     return labels != -100 if ids is None or ids.shape == labels.shape else None
 
-def _real_tokens(arch: Arch, ffn: FFN, batch: dict, n: int) -> torch.Tensor:
-    "Which of the `n` tokens that `ffn` saw are not padding, (n,)"
-    decoder = ffn.stack and arch.task_type == 'seq_2_seq_lm'
+def _real_tokens(arch: Arch, layer: FFN | Attention, batch: dict, n: int) -> torch.Tensor:
+    "Which of the `n` tokens that `layer` saw are not padding, (n,)"
+    decoder = layer.stack and arch.task_type == 'seq_2_seq_lm'
     mask = _decoder_mask(batch) if decoder else batch.get('attention_mask')
     if mask is None:
         return torch.ones(n, dtype=torch.bool, device=arch.device)
     if mask.numel() != n:
-        raise ValueError(f"{ffn.name} saw {n} tokens, the batch has {mask.numel()}")
+        raise ValueError(f"{layer.name} saw {n} tokens, the batch has {mask.numel()}")
     return mask.flatten().bool()
 
 def _add_products(arch, ffn, total, batch):
