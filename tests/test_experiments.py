@@ -36,6 +36,7 @@ def test_choices_are_made_on_training_rows(prune_lora, tmp_path):
 
 @pytest.mark.parametrize('name, needed', [
     ('prune_lora', 'data_dir'), ('moefication', 'data_dir'), ('moebert', 'data_dir'), ('dsee', 'data_dir'),
+    ('compensate', 'data_dir'),
     ('data_to_text', 'data_dir'),
     ('against_torch_pruning', 'data_dir'), ('llama', 'model_dir')])
 def test_a_dry_run_lists_what_is_missing(name, needed):
