@@ -5,7 +5,8 @@
 
 MODEL is a Llama checkpoint with its tokenizer; the stored results are those of stories260K, a model of 260,032
 parameters trained on short stories. The text is of its own kind: stories that the unpruned model writes, sampled at
-temperature 1. Training stories serve importance and recovery; the validation stories are read for the scores alone.
+temperature 1. Training stories serve importance, compensation and recovery; the validation stories are read for the
+scores alone.
 Each cell leaves a file in experiments/results/llama; nbs/results/llama.ipynb draws what exists.
 """
 import json
@@ -18,6 +19,7 @@ from fastcore.script import call_parse, store_true
 from shared import choices, need, steps_of
 
 from tpa_nb.arch import Arch
+from tpa_nb.compensate import compensate
 from tpa_nb.importance import head_importance, neuron_importance
 from tpa_nb.lora import add_lora, merge_lora
 from tpa_nb.profile import count_flops, count_params
@@ -46,6 +48,7 @@ def grid(seeds):
         found += [Cell('stories', kind, f'ratio={ratio}', seed)]
         if kind != 'heads-within':
             found += [Cell('stories', f'{kind}-random', f'ratio={ratio}', seed)]
+        found += [Cell('stories', f'{kind}-compensated', f'ratio={ratio}', seed)]
     return found
 
 
@@ -73,18 +76,20 @@ def stories(model_dir, cache):
     return text_task('stories', texts[:N_TRAIN], texts[N_TRAIN:], max_length=LENGTH, source='written by the model')
 
 
-def cut(arch, task, kind, ratio, is_random, seed):
-    "Remove a share of heads, neurons or both, by importance or at random"
+def cut(arch, task, kind, ratio, how, seed):
+    "Remove a share of heads, neurons or both, by importance or at random; what stays may take over"
     few = task.calibration(256, seed)
     heads, neurons = head_importance(arch, few), neuron_importance(arch, few)
-    if is_random:
+    if how == 'random':
         gen = torch.Generator().manual_seed(seed)
         heads, neurons = torch.rand(heads.shape, generator=gen), [torch.rand(len(n), generator=gen) for n in neurons]
     if kind in ('heads', 'heads-within', 'both'):
-        prune_heads(arch, select_heads(heads, pruning_ratio=ratio, group_size=arch.group_size,
-                                       within_groups=kind == 'heads-within'))
+        gone = select_heads(heads, pruning_ratio=ratio, group_size=arch.group_size,
+                            within_groups=kind == 'heads-within')
+        prune_heads(compensate(arch, few, heads=gone) if how == 'compensated' else arch, gone)
     if kind in ('neurons', 'both'):
-        prune_neurons(arch, select_neurons(neurons, pruning_ratio=ratio, round_to=4))
+        gone = select_neurons(neurons, pruning_ratio=ratio, round_to=4)
+        prune_neurons(compensate(arch, few, neurons=gone) if how == 'compensated' else arch, gone)
 
 
 def recover(arch, task, lr, seed):
@@ -111,11 +116,12 @@ def run(cell, model_dir, cache):
     if cell.method == 'tune':
         train, held = task.split(0.2, 0)
         task = text_task('stories', train.rows['text'][:], held.rows['text'][:], max_length=LENGTH)
-    kind, is_random = cell.method.removesuffix('-random'), cell.method.endswith('-random')
+    how = next((how for how in ('random', 'compensated') if cell.method.endswith(f'-{how}')), 'importance')
+    kind = cell.method.removesuffix(f'-{how}')
     found = {'unpruned': score(), 'dense_params': count_params(arch)['params'],
              'dense_flops': count_flops(arch, 1, LENGTH)}
     if kind != 'none':
-        cut(arch, task, 'both' if kind == 'tune' else kind, ratio, is_random, cell.seed)
+        cut(arch, task, 'both' if kind == 'tune' else kind, ratio, how, cell.seed)
     found |= {'pruned': score(), 'params': count_params(arch)['params'], 'flops': count_flops(arch, 1, LENGTH),
               'heads': [a.n_heads for a in arch.attns], 'kv_heads': [a.n_kv_heads for a in arch.attns],
               'd_ff': [f.d_ff for f in arch.ffns]}
