@@ -25,6 +25,7 @@ from shared import answers, at_most, choices, kept, need_data, setting, slice_of
 from small_t5 import PREFIX, asked_in_words, small_t5
 
 from tpa_nb.arch import Arch
+from tpa_nb.compensate_routing import compensate_routing
 from tpa_nb.distill import distill
 from tpa_nb.lora import add_lora, merge_lora
 from tpa_nb.lora_expert import add_lora_expert, fit_lora_expert, fold_lora_expert
@@ -40,22 +41,26 @@ EPOCHS = {'sst2': 2, 'mnli': 2, 'mrpc': 4, 'cola': 4, 'rte': 6, 't5-sst2': 3}  #
 ROWS = 9000            # training rows at most, of the larger sets, drawn at random; the same for all methods
 RECOVERY = 0.5         # epochs of every recovery, as a share of the dense model's
 DENSE_LR, T5_LR = 1e-4, 1e-3  # the T5 begins with random weights
-DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32, times=1)  # a fifth of the experts; a T5 has as many neurons as a MiniLM
+DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32, times=1)  # a fifth of the experts; T5 is as wide as MiniLM
 RATES = {'expert': (2e-3, 1e-3, 4e-3), 'fitted-expert': (3e-4, 1e-3), 'attention': (1e-3, 5e-4, 2e-3),
          'full': (5e-5, 2e-5, 1e-4), 'head': (1e-3, 1e-2)}
 TUNED = ('sst2', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
 ROUTERS = {'mlp': {}, 'paper': dict(contribution='activation', scale='batch'),  # settings of `fit_routers`
            'centroid': dict(router='centroid'), 'hash': dict(router='hash')}
-EXPERT_WAYS = ('expert', 'fitted', 'fitted-expert', 'distilled')  # a LoRA expert trained by labels; fitted to what is
-# left out; fitted, then trained by labels; trained with the dense model as its teacher
-GRID = ('dense', 'mlp', 'mlp+expert', 'mlp+fitted', 'mlp+fitted-expert', 'mlp+distilled', 'oracle-activation',
-        'oracle-distance', 'paper', 'paper+expert', 'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'mlp+head',
-        'dynamic', 'dynamic+expert', 'dynamic+fitted-expert')
+EXPERT_WAYS = ('expert', 'fitted', 'fitted-expert', 'distilled', 'compensated-expert')  # a LoRA expert trained by
+# labels; fitted to what is left out; fitted, then trained by labels; trained with the dense model as its teacher;
+# trained by labels once what runs has taken over what does not
+UNTRAINED = 'fitted', 'compensated'
+GRID = ('dense', 'mlp', 'mlp+compensated', 'mlp+compensated-expert', 'mlp+expert', 'mlp+fitted', 'mlp+fitted-expert',
+        'mlp+distilled', 'oracle-activation', 'oracle-distance', 'paper', 'paper+expert', 'mlp+full', 'dense+expert',
+        'dense+full', 'mlp+attention', 'mlp+head', 'dynamic', 'dynamic+expert', 'dynamic+fitted-expert')
 LONGER = 'mlp+fitted-expert', 'mlp+expert', 'mlp+full', 'dense+full'  # with twice as many steps
 SWEEPS = [
     *((way, dict(k=k)) for k in (5, 14, 24) for way in ('mlp', 'oracle-distance', 'dynamic')),
     *((way, dict(experts=E, k=k)) for E, k in ((12, 2), (24, 5), (96, 19)) for way in ('mlp', 'oracle-distance')),
-    *((way, dict(split=how)) for how in ('random', 'coactivation', 'importance') for way in ('mlp', 'oracle-distance')),
+    *((way, dict(split=how)) for how in ('random', 'coactivation', 'importance')
+      for way in ('mlp', 'oracle-distance')),
+    *(('mlp+compensated', dict(k=k)) for k in (5, 14, 24)), ('mlp+compensated', dict(split='coactivation')),
     ('centroid', {}), ('hash', {}), ('mlp+expert', dict(r=8)), ('mlp+expert', dict(r=128))]
 
 
@@ -84,7 +89,7 @@ def sweep_grid(tasks, seeds):
 @lru_cache
 def best_rate(way):
     "The learning rate with the best mean score on slices of the training rows"
-    way = 'expert' if way == 'distilled' else way
+    way = {'distilled': 'expert', 'compensated-expert': 'fitted-expert'}.get(way, way)
     tried = [setting(lr=lr) for lr in RATES[way]]
     return choices(best_setting(read_cells(FOLDER), f'tune-{way}', tried, TUNED))['lr']
 
@@ -151,6 +156,8 @@ def model_of(way, task, seed, asked, cache):
 def recover(arch, task, way, lr, asked, seed, cache):
     "Train what `way` lets train, and fold it in"
     epochs, trained_on, r = asked['times'] * RECOVERY * epochs_of(task), at_most(task, ROWS), asked['r']
+    if way.startswith('compensated'):
+        compensate_routing(arch, dense_model(task, seed, cache), calibration(task, seed))
     if way in EXPERT_WAYS:
         add_lora_expert(arch, r=r, seed=seed)
     if way in ('fitted', 'fitted-expert'):
@@ -165,7 +172,7 @@ def recover(arch, task, way, lr, asked, seed, cache):
     settings = dict(lr=lr, seed=seed + 2000, mixed_precision='bf16')
     if way == 'distilled':
         distill(arch, dense_model(task, seed, cache), trained_on, epochs, **settings)
-    elif way != 'fitted':
+    elif way not in UNTRAINED:
         finetune(arch, trained_on, epochs, **settings)
     if way in EXPERT_WAYS:
         fold_lora_expert(arch)
@@ -189,7 +196,7 @@ def run(cell, data_dir, cache):
     way, _, more = ('mlp+' + cell.method.removeprefix('tune-') if tuning else cell.method).partition('+')
     arch, trainable = model_of(way, task, cell.seed, asked, cache), 0
     if more:
-        lr = asked.get('lr') or (best_rate(more) if more != 'fitted' else 0)
+        lr = asked.get('lr') or (best_rate(more) if more not in UNTRAINED else 0)
         trainable = recover(arch, task, more, lr, asked, cell.seed, cache)
         if way == 'dynamic':  # training has moved the scores
             set_dynamic_k(arch, calibration(task, cell.seed), asked['k'], seed=cell.seed)
@@ -198,6 +205,7 @@ def run(cell, data_dir, cache):
     return {**answers(arch, task), 'trainable': trainable, 'params': count_params(arch)['params'],
             'flops': count_flops(arch), 'zeros': zeros, 'router': fits[-1] if fits and way != 'dense' else None,
             'fit': experts[-1] if experts else None,
+            'compensated': next((h['tokens'] for h in arch.history if h['verb'] == 'compensate_routing'), 0),
             'mean_k': mean_k(arch, task),
             'steps': steps_of(arch), 'partial': task.partial,
             'rows': {'train': len(task.train), 'validation': len(task.validation)}}

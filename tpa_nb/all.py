@@ -30,6 +30,7 @@ from .gpu_experts import *
 from .backends import *
 from .distill import *
 from .moebert import *
+from .compensate_routing import *
 from .recipe import *
 from .report import *
 from .methods import *

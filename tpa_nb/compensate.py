@@ -20,18 +20,27 @@ from .split import _check_training, _real_tokens
 from .tasks import Examples
 
 # %% ../nbs/28_compensate.ipynb #244499b7
-class _Moments:
+class _Tokens:
+    "How many tokens there were, and what they weigh together"
+    def __init__(self): self.n, self.total, self.floor = 0, 0.0, None
+
+    def weigh(self, y):  # outputs (N, out)
+        "Weights (N,)"
+        size = y.float().square().sum(1)
+        if self.floor is None:
+            self.floor = 0.01 * size.median().clamp(min=1e-30)
+        weights = 1 / size.clamp(min=self.floor)
+        self.n, self.total = self.n + len(y), self.total + weights.sum().item()
+        return weights
+
+class _Moments(_Tokens):
     "Weighted sums over tokens of what goes into a projection, (d,), and of its products, (d, d)"
     def __init__(self, d):
-        self.n, self.floor, self.total = 0, None, 0.0
+        super().__init__()
         self.sum, self.products = torch.zeros(d).double(), torch.zeros(d, d).double()
 
     def add(self, x, y):  # what goes in, (N, d), and comes out, (N, out)
-        x, size = x.float(), y.float().square().sum(1)
-        if self.floor is None and len(x):
-            self.floor = 0.01 * size.median().clamp(min=1e-30)
-        weights = 1 / size.clamp(min=self.floor)
-        self.n, self.total = self.n + len(x), self.total + weights.sum().item()
+        x, weights = x.float(), self.weigh(y)
         self.sum += (weights @ x).cpu()
         self.products += (x.T @ (weights[:, None] * x)).cpu()
 
@@ -44,13 +53,20 @@ class _Moments:
         "Zeros, and mean products, for projections that have no bias to put a mean in"
         return torch.zeros_like(self.sum), self.products / self.total
 
+# %% ../nbs/28_compensate.ipynb #3e79ad73
+def _solve(products, with_target, ridge):
+    "Solution (d, out) of `products` (d, d) times it = `with_target` (d, out), with a ridge; zeros if that has no end"
+    if not math.isfinite(ridge):
+        return torch.zeros_like(with_target)
+    products = products.clone()
+    products.diagonal().add_(ridge * products.diagonal().mean().clamp(min=1e-30))
+    return torch.linalg.solve(products, with_target)
+
 def _taken_over(weight, bias, moments, gone, ridge):
     "`weight` (out, d) and `bias` once the inputs `gone` count for nothing and the others have taken over"
     mean, c = moments.raw() if bias is None else moments.central()
     stays = torch.ones(len(c), dtype=torch.bool).index_fill(0, gone, False)
-    a = c[stays][:, stays]
-    a.diagonal().add_(ridge * a.diagonal().mean().clamp(min=1e-30) if math.isfinite(ridge) else 1)
-    shares = torch.linalg.solve(a, c[stays][:, gone]) * math.isfinite(ridge)  # (stay, go)
+    shares = _solve(c[stays][:, stays], c[stays][:, gone], ridge)  # (stay, go)
     lost, weight = weight[:, gone], weight.clone()
     weight[:, gone] = 0
     weight[:, stays] += lost @ shares.T
