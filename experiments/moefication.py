@@ -47,13 +47,13 @@ RATES = {'expert': (2e-3, 1e-3, 4e-3), 'fitted-expert': (3e-4, 1e-3), 'attention
 TUNED = ('sst2', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
 ROUTERS = {'mlp': {}, 'paper': dict(contribution='activation', scale='batch'),  # settings of `fit_routers`
            'centroid': dict(router='centroid'), 'hash': dict(router='hash')}
-EXPERT_WAYS = ('expert', 'fitted', 'fitted-expert', 'distilled', 'compensated-expert')  # a LoRA expert trained by
-# labels; fitted to what is left out; fitted, then trained by labels; trained with the dense model as its teacher;
-# trained by labels once what runs has taken over what does not
-UNTRAINED = 'fitted', 'compensated'
-GRID = ('dense', 'mlp', 'mlp+compensated', 'mlp+compensated-expert', 'mlp+expert', 'mlp+fitted', 'mlp+fitted-expert',
-        'mlp+distilled', 'oracle-activation', 'oracle-distance', 'paper', 'paper+expert', 'mlp+full', 'dense+expert',
-        'dense+full', 'mlp+attention', 'mlp+head', 'dynamic', 'dynamic+expert', 'dynamic+fitted-expert')
+FITTED, COMPENSATED = ('fitted', 'fitted-expert', 'both', 'both-expert'), ('compensated', 'both', 'both-expert')
+EXPERT_WAYS = ('expert', 'distilled', *FITTED)  # a LoRA expert trained by labels; with the dense model as its teacher;
+# fitted to what is left out; fitted, then trained by labels; 'both': fitted, and what runs takes over what does not
+UNTRAINED = 'fitted', 'compensated', 'both'
+GRID = ('dense', 'mlp', 'mlp+compensated', 'mlp+both', 'mlp+both-expert', 'mlp+expert', 'mlp+fitted',
+        'mlp+fitted-expert', 'mlp+distilled', 'oracle-activation', 'oracle-distance', 'paper', 'paper+expert',
+        'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'mlp+head', 'dynamic', 'dynamic+expert', 'dynamic+fitted-expert')
 LONGER = 'mlp+fitted-expert', 'mlp+expert', 'mlp+full', 'dense+full'  # with twice as many steps
 SWEEPS = [
     *((way, dict(k=k)) for k in (5, 14, 24) for way in ('mlp', 'oracle-distance', 'dynamic')),
@@ -89,7 +89,7 @@ def sweep_grid(tasks, seeds):
 @lru_cache
 def best_rate(way):
     "The learning rate with the best mean score on slices of the training rows"
-    way = {'distilled': 'expert', 'compensated-expert': 'fitted-expert'}.get(way, way)
+    way = {'distilled': 'expert', 'both-expert': 'fitted-expert'}.get(way, way)
     tried = [setting(lr=lr) for lr in RATES[way]]
     return choices(best_setting(read_cells(FOLDER), f'tune-{way}', tried, TUNED))['lr']
 
@@ -156,12 +156,12 @@ def model_of(way, task, seed, asked, cache):
 def recover(arch, task, way, lr, asked, seed, cache):
     "Train what `way` lets train, and fold it in"
     epochs, trained_on, r = asked['times'] * RECOVERY * epochs_of(task), at_most(task, ROWS), asked['r']
-    if way.startswith('compensated'):
-        compensate_routing(arch, dense_model(task, seed, cache), calibration(task, seed))
     if way in EXPERT_WAYS:
         add_lora_expert(arch, r=r, seed=seed)
-    if way in ('fitted', 'fitted-expert'):
+    if way in FITTED:
         fit_lora_expert(arch, calibration(task, seed), seed=seed)
+    if way in COMPENSATED:
+        compensate_routing(arch, dense_model(task, seed, cache), calibration(task, seed))
     if way == 'attention':
         add_lora(arch, r=8, seed=seed)
     if way in ('full', 'head'):

@@ -18,12 +18,12 @@ def script(experiment):
 def test_methods_share_models_and_get_equal_steps(script, tmp_path):
     found = {method: script.run(Cell('mrpc', method), data_dir='', cache=tmp_path)
              for method in script.GRID}
-    untrained = [m for m in found if '+' not in m or m in ('mlp+fitted', 'mlp+compensated')]
+    untrained = [m for m in found if '+' not in m or m.partition('+')[2] in script.UNTRAINED]
     assert {found[m]['steps'] for m in untrained} == {4}
     assert {r['steps'] for m, r in found.items() if m not in untrained} == {6}
     fits = found['mlp+fitted-expert']['fit']
     compensated = {m: found[m]['compensated'] for m in found}
-    assert {m for m, rows in compensated.items() if rows} == {'mlp+compensated', 'mlp+compensated-expert'}
+    assert {m for m, rows in compensated.items() if rows} == {'mlp+compensated', 'mlp+both', 'mlp+both-expert'}
     assert fits['left'] < fits['missing'] and found['mlp+expert']['fit'] is None
     assert {p.name for p in (tmp_path / 'whole').iterdir() if p.is_dir()} == {
         'dense-mrpc-0', 'mlp-8-2-kmeans-mrpc-0', 'paper-8-2-kmeans-mrpc-0'}
@@ -78,6 +78,6 @@ def test_the_small_t5_takes_part(script, tmp_path, monkeypatch):
 def test_every_way_that_trains_has_learning_rates(experiment):
     script = experiment('moefication')
     ways = {method.partition('+')[2] for method in (*script.GRID, *script.LONGER)} - {'', *script.UNTRAINED}
-    named = {'distilled': 'expert', 'compensated-expert': 'fitted-expert'}
+    named = {'distilled': 'expert', 'both-expert': 'fitted-expert'}
     assert {named.get(way, way) for way in ways} == set(script.RATES)
     assert {c.method for c in script.tuning_grid()} == {f'tune-{way}' for way in script.RATES}

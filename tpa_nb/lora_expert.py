@@ -256,6 +256,10 @@ def _check_fitting(arch, rows, epochs, lr):
     whole = [arch.ffns[row].name for row in rows if there[row].is_dense]
     if whole:
         raise ValueError(f"{whole[0]} runs all of its neurons, so nothing is left out that an expert could learn")
+    taken = {row for h in arch.history if h['verb'] == 'compensate_routing' for row in h['rows']}
+    if taken & set(rows):
+        raise ValueError("after `compensate_routing` all experts together are no longer the dense layer that an expert "
+                         "could learn from; fit it before")
     by_sentence = [arch.ffns[row].name for row in rows if getattr(there[row].router, 'by_sentence', False)]
     if by_sentence:
         raise ValueError(f"{by_sentence[0]} is routed by the sentence, and the expert is fitted token by token; train "
