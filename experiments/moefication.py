@@ -53,7 +53,8 @@ EXPERT_WAYS = ('expert', 'distilled', *FITTED)  # a LoRA expert trained by label
 UNTRAINED = 'fitted', 'compensated', 'both'
 GRID = ('dense', 'mlp', 'mlp+compensated', 'mlp+both', 'mlp+both-expert', 'mlp+expert', 'mlp+fitted',
         'mlp+fitted-expert', 'mlp+distilled', 'oracle-activation', 'oracle-distance', 'paper', 'paper+expert',
-        'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'mlp+head', 'dynamic', 'dynamic+expert', 'dynamic+fitted-expert')
+        'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'mlp+head', 'dynamic', 'dynamic+expert',
+        'dynamic+fitted-expert')
 LONGER = 'mlp+fitted-expert', 'mlp+expert', 'mlp+full', 'dense+full'  # with twice as many steps
 SWEEPS = [
     *((way, dict(k=k)) for k in (5, 14, 24) for way in ('mlp', 'oracle-distance', 'dynamic')),

@@ -414,8 +414,18 @@ def _stop(e) -> str:
     most = f", more than {e['max_drop']:g}" if 'max_drop' in e else ''
     return f"Stopped pruning and took the last share of heads back:{fell or ' the score fell'}{most}."
 
+def _compensate(e) -> str:
+    parts = [_count(sum(e.get(what, {}).values()), what[:-1]) for what in ('heads', 'neurons') if e.get(what)]
+    tokens = f" on {_count(e['tokens'], 'token')} of training rows" if 'tokens' in e else ''
+    return f"Let what stays take over what {' and '.join(parts) or 'goes'} did, by least squares{tokens}."
+
+def _compensate_routing(e) -> str:
+    tokens = f" on {_count(e['tokens'], 'token')} of training rows" if 'tokens' in e else ''
+    return f'Let the experts that run take over what the others would add, by least squares{tokens}.'
+
 _SAY = {'warm_up': _warm_up, 'prune_heads': _prune, 'stop_pruning': _stop, 'add_lora': _add_lora,
-        'finetune': _finetune, 'prune_neurons': _prune_neurons,
+        'finetune': _finetune, 'prune_neurons': _prune_neurons, 'compensate': _compensate,
+        'compensate_routing': _compensate_routing,
         'merge_lora': lambda e: 'Merged the adapters into the weights: the model is a plain one again.'}
 
 # %% ../nbs/35_report.ipynb #48853d17
