@@ -414,6 +414,7 @@ def _stop(e) -> str:
     most = f", more than {e['max_drop']:g}" if 'max_drop' in e else ''
     return f"Stopped pruning and took the last share of heads back:{fell or ' the score fell'}{most}."
 
+# %% ../nbs/35_report.ipynb #6c6371a2
 def _compensate(e) -> str:
     parts = [_count(sum(e.get(what, {}).values()), what[:-1]) for what in ('heads', 'neurons') if e.get(what)]
     tokens = f" on {_count(e['tokens'], 'token')} of training rows" if 'tokens' in e else ''
