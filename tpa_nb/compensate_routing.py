@@ -69,9 +69,10 @@ def _watch(arch, dense, rows, seen):
 def _add_batch(arch, dense, batch, seen, found):
     "Add the real tokens of a batch to the sums in `found`"
     for row, sums in found.items():
-        moe, x, y, got = moes(arch)[row], seen[row, 'x'], seen[row, 'y'].flatten(0, -2), seen[row, 'got']
+        moe, got = moes(arch)[row], seen[row, 'got']
+        x, y = seen[row, 'x'].to(moe.experts.up), seen[row, 'y'].flatten(0, -2).to(moe.experts.up)
         chosen, x = _choose(moe, x, got[1] if len(got) > 1 else None), x.flatten(0, -2)
-        real = _real_tokens(dense, dense.ffns[row], batch, len(x))
+        real = _real_tokens(dense, dense.ffns[row], batch, len(x)).to(x.device)
         if real.any():
             x, y, chosen = x[real], y[real], None if chosen is None else chosen[real]
             sums.add(_running(moe, x, chosen), y - moe.experts(x, chosen, moe.shared), y)
