@@ -392,6 +392,14 @@ def _check_learning(arch, task, kwargs):
         raise ValueError(f"`label_smoothing_factor` works on a task's plain loss alone, not on {task.name!r} with "
                          "added losses or a loss of its own")
 
+def _leave_autocast(model):
+    "Give `model` its own `forward` back, in whose place mixed precision has put another that would go on in bf16"
+    original = model.__dict__.pop('_original_forward', None)
+    if original is not None:
+        del model.forward
+        if model.forward != original:  # it had one of its own
+            model.forward = original
+
 def _run(trainer, resume):
     "Train, from the last checkpoint if asked and there is one"
     _check_stored(trainer)
@@ -405,6 +413,7 @@ def _run(trainer, resume):
             _leave_deepspeed(trainer, dtypes)
     finally:
         hf_logging.set_verbosity(level)
+        _leave_autocast(trainer.model)
         if trainer.args.deepspeed:
             os.environ.pop('ACCELERATE_USE_DEEPSPEED', None)  # left behind, it would claim every later Trainer
 
