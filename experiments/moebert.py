@@ -2,13 +2,14 @@
 
     python experiments/moebert.py --data_dir DATA --stage tune --jobs 2
     python experiments/moebert.py --data_dir DATA --jobs 2 --minutes 60
+    python experiments/moebert.py --data_dir DATA --stage start --seeds 1
     python experiments/moebert.py --data_dir DATA --stage ablate --jobs 2 --minutes 60
 
 A MiniLM (six layers of 1,536 neurons) is fine-tuned; it is the teacher of every student, and every student is made from
 it and trained for the same number of steps: 'moebert' is dealt out into experts, 'dense-student' keeps the neurons that
 matter most, as many as run in an expert, and 'dense-more' is the teacher itself, trained on. The first command tries
 learning rates and weights on a slice of the training rows, the second compares a quarter and half of the neurons, the
-third leaves out one thing after the other: the teacher, importance, shared neurons, hash routing, completeness. Of
+third times the students and scores them before any training, the fourth leaves out one thing after the other: the teacher, importance, shared neurons, hash routing, completeness. Of
 larger sets, 9,000 training rows serve. Each cell leaves a file in experiments/results/moebert; what is there is not
 run again.
 """
@@ -58,6 +59,12 @@ def grid(tasks, seeds):
         found += [Cell(task, way, setting(size=size), seed) for way in STUDENTS]
         found += [Cell(task, 'teacher', seed=seed), Cell(task, 'dense-more', seed=seed)]
     return list(dict.fromkeys(found))
+
+
+def start_grid(tasks, seeds):
+    "Cells of the students before any training: what they cost, and what they know"
+    return [Cell(task, f'start-{way}', setting(size=size), seed)
+            for seed, task, size, way in product(seeds, tasks, SIZES, STUDENTS)]
 
 
 def ablation_grid(tasks, seeds):
@@ -124,15 +131,16 @@ def run(cell, data_dir, cache):
     "Carry out one cell"
     torch.manual_seed(cell.seed)
     task, asked = at_most(load_task(cell.task, data_dir=data_dir, partial=True), ROWS), choices(cell.setting)
-    tuning, way = cell.method.startswith('tune-'), cell.method.removeprefix('tune-')
+    tuning, way = cell.method.startswith('tune-'), cell.method.removeprefix('tune-').removeprefix('start-')
     task, cache = slice_of(task) if tuning else task, Path(cache) / ('part' if tuning else 'whole')
     teacher = taught(task, cell.seed, cache)
     arch, lr, weight = teacher, TEACHER_LR, 0
     if way != 'teacher':
         arch = student_of(teacher.clone(), way, task, cell.seed, asked)
         is_taught = way in STUDENTS and bool(asked.get('teacher', 1))
-        lr, weight = (asked['lr'], asked['weight']) if tuning else best(way, is_taught)
-        train(arch, teacher, task, cell.seed, lr, weight, asked.get('router'))
+        if not cell.method.startswith('start-'):
+            lr, weight = (asked['lr'], asked['weight']) if tuning else best(way, is_taught)
+            train(arch, teacher, task, cell.seed, lr, weight, asked.get('router'))
     times = latency_together({'dense': teacher, 'this': arch}, 32, 64, repeats=5, warmup=2, clock=time.process_time)
     return {**answers(arch, task), 'lr': lr, 'weight': weight, **active_params(arch), 'flops': count_flops(arch),
             'latency': {name: t.median for name, t in times.items()},
@@ -146,7 +154,7 @@ def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tasks: str = 'sst2,cola,mrpc',        # Tasks, with commas
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'tune', 'grid' (the comparison) or 'ablate'
+    stage: str = 'grid',                 # 'tune', 'grid' (the comparison), 'start' (before training) or 'ablate'
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
@@ -157,6 +165,7 @@ def main(
     need_data('moebert', data_dir, dry_run)
     names = tasks.split(',')
     cells = {'tune': tuning_grid, 'grid': lambda: grid(names, range(seeds)),
+             'start': lambda: start_grid(names, range(seeds)),
              'ablate': lambda: ablation_grid(names, range(seeds))}[stage]()
     run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
                jobs=jobs)

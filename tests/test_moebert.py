@@ -23,6 +23,12 @@ def test_students_are_alike_in_size_and_steps(script, tmp_path):
     assert set(found['moebert']['latency']) == {'dense', 'this'}
 
 
+def test_students_are_scored_and_timed_before_training(script, tmp_path):
+    for cell in script.start_grid(['mrpc'], [0]):
+        r = script.run(cell, data_dir='', cache=tmp_path)
+        assert r['steps'] == 2 and r['flops'] and set(r['latency']) == {'dense', 'this'}
+
+
 def test_every_ablation_runs(script, tmp_path, monkeypatch):
     tiny = {384: 22, 256: 8, 128: 4, 320: 16}
     for cell in script.ablation_grid(['mrpc'], [0]):
