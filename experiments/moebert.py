@@ -9,9 +9,9 @@ A MiniLM (six layers of 1,536 neurons) is fine-tuned; it is the teacher of every
 it and trained for the same number of steps: 'moebert' is dealt out into experts, 'dense-student' keeps the neurons that
 matter most, as many as run in an expert, and 'dense-more' is the teacher itself, trained on. The first command tries
 learning rates and weights on a slice of the training rows, the second compares a quarter and half of the neurons, the
-third times the students and scores them before any training, the fourth leaves out one thing after the other: the teacher, importance, shared neurons, hash routing, completeness. Of
-larger sets, 9,000 training rows serve. Each cell leaves a file in experiments/results/moebert; what is there is not
-run again.
+third times the students and scores them before any training, the fourth leaves out one thing after the other: the
+teacher, importance, shared neurons, hash routing, completeness. Of larger sets, 9,000 training rows serve. Each cell
+leaves a file in experiments/results/moebert; what is there is not run again.
 """
 import time
 from functools import lru_cache, partial
