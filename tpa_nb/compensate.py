@@ -146,7 +146,7 @@ def compensate(
     batch_size: int = 32,                           # Examples in a batch
     max_bytes: int = 2**31,                         # Memory for products; more passes over `data` where it is short
 ) -> Arch:                                          # The same handle; what is selected counts for nothing now
-    "Let the heads and neurons that stay take over what those that go did (after Kwon et al. 2022, section 4.3)"
+    "Let the heads and neurons that stay take over what those that go did (after the mask tuning of Kwon et al. 2022)"
     _check_compensation(arch, data, heads, neurons, ridge)
     data = list(data) if isinstance(data, Iterator) else data
     new, tokens = [], 0
