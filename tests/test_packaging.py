@@ -159,7 +159,7 @@ def test_a_new_address_is_written_everywhere(tmp_path):
     install = '!test -e /content && pip install -q "tpa_nb[demo] @ git+https://github.com/old/old"'
     house.insert('exp', code('pip', f'#| hide\n#| eval: false\n{install}'))
     house.cells.insert(1, house.cells.pop(house.cells.index(house['intro'])))
-    index = dict(house.nb, cells=[md('t', '# tpa_nb\n\n> Blurb')])
+    index = dict(house.nb, cells=[md('t', '# tpa_nb\n\n> Blurb'), md('l', '[thing](00_thing.ipynb)')])
     house.extra['index.ipynb'] = index
     house.listed.append('index.ipynb')
     assert [f.rule for f in house.write()] == ['addresses', 'addresses', 'colab']

@@ -18,7 +18,6 @@ from .text import *
 from .budget import *
 from .generation import *
 from .split import *
-from .compensate import *
 from .ffn import *
 from .experts import *
 from .moe import *
@@ -28,6 +27,7 @@ from .fused import *
 from .bench import *
 from .gpu_experts import *
 from .backends import *
+from .compensate import *
 from .distill import *
 from .moebert import *
 from .compensate_routing import *
