@@ -256,7 +256,10 @@ def _check_fitting(arch, rows, epochs, lr):
     whole = [arch.ffns[row].name for row in rows if there[row].is_dense]
     if whole:
         raise ValueError(f"{whole[0]} runs all of its neurons, so nothing is left out that an expert could learn")
-    taken = {row for h in arch.history if h['verb'] == 'compensate_routing' for row in h['rows']}
+    taken = set()
+    for h in arch.history:  # what is split anew is whole again
+        taken = taken | set(h['rows']) if h['verb'] == 'compensate_routing' else taken
+        taken = taken - set(h['rows']) if h['verb'] in ('moefy', 'moebert') else taken
     if taken & set(rows):
         raise ValueError("after `compensate_routing` all experts together are no longer the dense layer that an expert "
                          "could learn from; fit it before")

@@ -396,7 +396,7 @@ def _leave_autocast(model):
     "Give `model` its own `forward` back, in whose place mixed precision has put another that would go on in bf16"
     original = model.__dict__.pop('_original_forward', None)
     if original is not None:
-        del model.forward
+        model.__dict__.pop('forward', None)
         if model.forward != original:  # it had one of its own
             model.forward = original
 
