@@ -33,9 +33,9 @@ from tpa_nb.train import evaluate_model, finetune
 
 FOLDER = Path(__file__).parent / 'results' / 'data_to_text'
 SIZES = dict(n_positions=256, n_embd=192, n_layer=4, n_head=4)
-VOCABULARY, LANGUAGE_LR, LANGUAGE_EPOCHS, EPOCHS, BATCH = 2000, 1e-3, 1, 2, 64
+VOCABULARY, LANGUAGE_LR, LANGUAGE_EPOCHS, EPOCHS, BATCH = 2000, 1e-3, 1, 2, 16
 ROWS = 12_000  # training rows at most
-RATES = {'full': (1e-3, 3e-4), 'adapter': (3e-3, 1e-3)}
+RATES = {'full': (1e-3, 3e-3), 'adapter': (3e-3, 1e-2)}
 RANK, SPARSE, TARGETS = 16, 64, ('q', 'v', 'o', 'up', 'down')
 WAYS = ('full', 'lora', 'dsee', 'zeros')
 HELD = 0.05    # share of the training records that learning rates are chosen on
