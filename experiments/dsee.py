@@ -41,7 +41,8 @@ KINDS = {'low': dict(sparse=0), 'both': {}}             # whose learning rates a
 TABLES = {
     '1': [('adapter', way) for way in (*EQUAL, dict(sparse=0), {})],
     '12': [('adapter', dict(sparse=n)) for n in (16, 256, 1024)] + [
-        ('adapter', dict(support=how)) for how in ('random', 'magnitude')],
+        ('adapter', dict(support=how)) for how in ('random', 'magnitude', 'gradient')] + [
+        ('adapter', dict(**EQUAL[1], support='gradient'))],
     '9': [('adapter', dict(targets=t)) for t in ('q', 'v', 'qk', 'qkvo')],
     '3': [('zeros', dict(ratio=0))] + [
         ('zeros', dict(ratio=ratio, mask=mask)) for ratio, mask in product((20, 30, 50), ('merged', 'weight'))] + [
@@ -75,9 +76,10 @@ def best_rate(kind):
 def adapted(task, seed, asked):
     "A MiniLM with its adapter, before training"
     arch = Arch.from_pretrained('minilm', task, seed)
-    r = asked.get('r', R)
-    return add_dsee(arch, r, asked.get('sparse', SPARSE), tuple(asked.get('targets', 'qv')),
-                    asked.get('support', 'rpca'), lora_alpha=SCALE * r, train=('norm', 'head', 'pooler'), seed=seed)
+    r, support = asked.get('r', R), asked.get('support', 'rpca')
+    return add_dsee(arch, r, asked.get('sparse', SPARSE), tuple(asked.get('targets', 'qv')), support,
+                    lora_alpha=SCALE * r, train=('norm', 'head', 'pooler'), seed=seed,
+                    calibration=task.calibration(min(512, len(task.train)), seed) if support == 'gradient' else None)
 
 
 def half_way(task, seed, asked, lr, epochs, cache):

@@ -133,7 +133,7 @@ class Projection:
     def is_transposed(self) -> bool: return isinstance(self.linear, Conv1D)
     @property
     def weight(self) -> torch.Tensor:  # (out, in)
-        return self._own(self.linear.weight.T if self.is_transposed else self.linear.weight)
+        return self.oriented(self.linear.weight)
     @property
     def bias(self) -> torch.Tensor | None:  # (out,)
         return None if self.linear.bias is None else self._own(self.linear.bias)
@@ -151,6 +151,8 @@ class Projection:
             return self.weight.shape[dim]
         whole = getattr(self.linear, attribute)
         return whole // self.part[1] if self.part and not dim else whole
+    def oriented(self, matrix: torch.Tensor) -> torch.Tensor:  # what is stored as the linear's weight, as (out, in)
+        return self._own(matrix.T if self.is_transposed else matrix)
     def __call__(self, x: torch.Tensor) -> torch.Tensor: return self._own(self.site(x), -1)  # (..., in) to (..., out)
     def _own(self, tensor, dim=0): return tensor if self.part is None else tensor.chunk(self.part[1], dim)[self.part[0]]
 

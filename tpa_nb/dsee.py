@@ -7,7 +7,7 @@ __all__ = ['DSEEConfig', 'DSEELinear', 'add_dsee', 'merge_dsee', 'dsee_settings'
 
 # %% ../nbs/11_dsee.ipynb #503e3585
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -20,10 +20,12 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from .arch import Arch
+from .importance import _as_batches, _check_choice, _frozen, _losses_of, model_inputs
 from .lora import _check_targets, lora_config, merge_lora, n_trainable
 from .profile import _module_flops, register_flops
 from .rpca import sparse_support
 from .save import register_adapter
+from .tasks import Examples
 
 # %% ../nbs/11_dsee.ipynb #f897cd15
 def _add_sparse(y, x, values, index):
@@ -244,6 +246,37 @@ def _keep_sparse(self: DSEELinear, name, axis, index):
     self.lora_S[name] = nn.Parameter(values.detach()[there].clone(), values.requires_grad)
 
 # %% ../nbs/11_dsee.ipynb #4d148883
+def _fisher(arch, views, data, batch_size=8):
+    "(out, in) for each of `views`: squared gradients of the mean loss of a batch, summed over batches"
+    loss_fn, weights, n = _losses_of(arch, data), {p.name: p.linear.weight for p in views}, 0
+    sums = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
+    with _frozen(arch.model), torch.enable_grad():
+        for w in weights.values():
+            w.requires_grad_(True)
+        for n, batch in enumerate(_as_batches(arch, data, batch_size), 1):
+            loss = loss_fn(arch.model(**model_inputs(arch, batch)), batch).mean()
+            for name, grad in zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True)):
+                sums[name] += 0 if grad is None else grad.detach().float().square()
+    if not n:
+        raise ValueError("`calibration` is empty; `support` 'gradient' needs labelled examples")
+    bad = [name for name, scores in sums.items() if not scores.isfinite().all()]
+    if bad:
+        raise ValueError(f"`calibration` gives {bad[0]} gradients that are not finite")
+    return [p.oriented(sums[p.name]) for p in views]
+
+def _scored(arch, views, support, data):
+    "Matrices (out, in) that the support is chosen by, one for each of `views`, and how"
+    _check_choice('support', support, ('rpca', 'magnitude', 'gradient', 'random'))
+    if (support == 'gradient') == (data is None):
+        raise ValueError("`calibration` belongs to `support` 'gradient': labelled training examples, "
+                         f"`task.calibration(512)`; got {support!r} and {type(data).__name__}")
+    if support != 'gradient':
+        return [p.weight.detach() for p in views], support
+    if not all(p.weight.isfinite().all() for p in views):
+        raise ValueError("`arch` holds weights that are not finite")
+    return _fisher(arch, views, data), 'magnitude'
+
+# %% ../nbs/11_dsee.ipynb #912418cb
 def _views(arch, targets):
     "The projections of attentions and feed-forward layers that `targets` name; parts of a fused module apart"
     _check_targets(targets)
@@ -251,17 +284,17 @@ def _views(arch, targets):
     found += [getattr(f, t) for f in arch.ffns for t in targets if t not in 'qkvo']
     return [p for p in found if p is not None and p.weight.numel()]
 
-def _supports(views, n, method, seed):
-    "For each module: rows and columns (2, N) of the residual's entries, `n` for each of `views`"
+def _supports(views, matrices, n, method, seed):
+    "For each module: rows and columns (2, N) of the residual's entries, `n` for each of `views`, by its matrix"
     shapes, found = {}, {}
-    for p in views:
-        shapes.setdefault(p.weight.shape, []).append(p)
+    for p, matrix in zip(views, matrices):
+        shapes.setdefault(matrix.shape, []).append((p, matrix))
     for (height, width), group in shapes.items():
         at_once = max(1, 2 ** 23 // (height * width)) if method == 'rpca' else 1  # copies of so many weights
         for i in range(0, len(group), at_once):
             part = group[i:i + at_once]
-            weights = torch.stack([p.weight.detach() for p in part])
-            for p, flat in zip(part, sparse_support(weights, n, method, seed=seed + i)):
+            scores = torch.stack([matrix for _, matrix in part])
+            for (p, _), flat in zip(part, sparse_support(scores, n, method, seed=seed + i)):
                 first = p.part[0] * p.out_features if p.part else 0
                 found.setdefault(p.name, []).append(torch.stack([flat // width + first, flat % width]))
     return {name: torch.cat(parts, 1).to(torch.int32) for name, parts in found.items()}
@@ -278,23 +311,25 @@ def _check_layers(arch, views, config):
         if rank > least:
             raise ValueError(f"`r` must be at most {least}, the smaller side of {p.name}, got {rank}")
 
-# %% ../nbs/11_dsee.ipynb #09afbb45
+# %% ../nbs/11_dsee.ipynb #96033c61
 def add_dsee(
     arch: Arch,                            # The model, changed in place
     r: int | Sequence[int] = 16,           # Rank, or a rank for each attention
     n_sparse: int = 16,                    # card$(\Omega)$ of each adapted projection; 0 is LoRA
     targets: Sequence[str] = ('q', 'v'),   # Adapted projections, of the FFN too: 'up', 'gate', 'down'
-    support: str = 'rpca',                 # How $\Omega$ is chosen: 'rpca', 'magnitude' or 'random'
+    support: str = 'rpca',                 # How $\Omega$ is chosen: 'rpca', 'magnitude', 'gradient' or 'random'
     lora_alpha: float = 32,                # $\alpha$ of the highest rank; others in proportion
     lora_dropout: float = 0.0,             # Dropout on the adapters' input
     train: Sequence[str] = ('norm', 'head'),  # What trains beside them: 'norm', 'head', 'pooler'; the paper: 'head'
     seed: int = 0,                         # Seed of `lora_A` and of random positions
+    calibration: Examples | Iterable[dict] | None = None,  # Training rows for 'gradient', `task.calibration(512)`
 ) -> Arch:                                 # The same handle; `arch.model` is PEFT's
     "Put low-rank updates with sparse residuals on `arch` (Chen et al. 2023, Algorithm 1)"
     plain = lora_config(arch, r, lora_alpha, lora_dropout, targets, train)
     views = _views(arch, targets)
     _check_layers(arch, views, plain)
-    index = _supports(views, n_sparse, support, seed)
+    matrices, method = _scored(arch, views, support, calibration)
+    index = _supports(views, matrices, n_sparse, method, seed)
     skip = ('peft_type', 'runtime_config')
     given = {f.name: getattr(plain, f.name) for f in fields(plain) if f.init and f.name not in skip}
     config = DSEEConfig(**given, n_sparse=n_sparse, sparse_pattern={name: i.shape[1] for name, i in index.items()})
