@@ -131,9 +131,13 @@ def _check_compensation(arch, data, heads, neurons, ridge):
         raise ValueError("give `heads`, `neurons` or both: what is to be pruned")
     _check_selection(arch, {} if heads is None else heads, min_heads=0)
     _check_neurons(arch, {} if neurons is None else neurons)
+    _check_ridge(ridge)
+    _check_training(data)
+
+def _check_ridge(ridge):
+    "Raise unless `ridge` can be one"
     if isinstance(ridge, bool) or not isinstance(ridge, Real) or not ridge > 0:
         raise ValueError(f"`ridge` must be above 0, got {ridge!r}")
-    _check_training(data)
 
 # %% ../nbs/28_compensate.ipynb #fd9489f0
 @torch.no_grad()

@@ -8,13 +8,12 @@ __all__ = ['compensate_routing']
 # %% ../nbs/32_compensate_routing.ipynb #533e92ba
 import math
 from collections.abc import Iterable, Iterator
-from numbers import Real
 
 import torch
 
 # %% ../nbs/32_compensate_routing.ipynb #5c113ba2
 from .arch import Arch, _check_arch
-from .compensate import _solve, _Tokens
+from .compensate import _check_ridge, _solve, _Tokens
 from .importance import _as_batches, _frozen, model_inputs
 from .lora_expert import SharedNeurons, _neurons
 from .moe import _choose, moes
@@ -78,12 +77,14 @@ def _add_batch(arch, dense, batch, seen, found):
             sums.add(_running(moe, x, chosen), y - moe.experts(x, chosen, moe.shared), y)
 
 # %% ../nbs/32_compensate_routing.ipynb #f88bcd77
+def _n_neurons(moe):
+    "Neurons of a mixture, those that all tokens share among them"
+    return moe.d_ff + (len(moe.shared.up) if isinstance(moe.shared, SharedNeurons) else 0)
+
 def _sums(arch, dense, data, rows, batch_size):
     "Sums over `data` of what runs and what is missing, in the mixtures `rows`"
-    there = moes(arch)
-    sizes = {row: there[row].d_ff + (len(there[row].shared.up) if isinstance(there[row].shared, SharedNeurons) else 0)
-             for row in rows}
-    found, seen = {row: _Missing(p, there[row].experts.d_model) for row, p in sizes.items()}, {}
+    there, seen = moes(arch), {}
+    found = {row: _Missing(_n_neurons(there[row]), there[row].experts.d_model) for row in rows}
     with _frozen(arch.model), _frozen(dense.model):
         for batch in _as_batches(dense, data, batch_size):
             hooks = _watch(arch, dense, rows, seen)
@@ -112,8 +113,7 @@ def _check_routing(arch, dense, data, ridge):
         ffn = dense.ffns[row]
         if not ffn.is_plain or ffn.up.in_features != moe.experts.d_model:
             raise ValueError(f"`dense` has {ffn.name} of another kind or width than {arch.ffns[row].name}")
-    if isinstance(ridge, bool) or not isinstance(ridge, Real) or not ridge > 0:
-        raise ValueError(f"`ridge` must be above 0, got {ridge!r}")
+    _check_ridge(ridge)
     _check_training(data)
 
 # %% ../nbs/32_compensate_routing.ipynb #26e7c9ea
@@ -143,7 +143,7 @@ def compensate_routing(
     there = {row: moe for row, moe in moes(arch).items() if not moe.is_dense}
     rows, new, tokens = list(there), {}, 0
     while rows:
-        size = 8 * max(there[row].d_ff for row in rows) ** 2
+        size = 8 * max(_n_neurons(there[row]) for row in rows) ** 2
         some, rows = rows[:max(1, max_bytes // size)], rows[max(1, max_bytes // size):]
         for row, sums in _sums(arch, dense, data, some, batch_size).items():
             new[row], tokens = sums.solution(ridge, there[row].experts.bias is not None), max(tokens, sums.n)
