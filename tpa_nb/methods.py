@@ -208,7 +208,7 @@ UNTRAINED = ('prune', 'none')
 # %% ../nbs/36_methods.ipynb #085401c7
 def _dsee(arch, task, recipe, progress):
     "Train low rank and sparse, zero weights or remove heads by the update, train again, merge (Chen et al. 2023)"
-    _add_dsee(arch, recipe)
+    _add_dsee(arch, task, recipe, recipe.support)
     first, found = recipe.epochs * recipe.warm_up, None
     _train(arch, task, recipe, first, recipe.lr, progress)
     ratios = gradual_ratios(recipe.weight_ratio, recipe.iterative_steps) if recipe.weight_ratio else [0]
@@ -222,10 +222,11 @@ def _dsee(arch, task, recipe, progress):
         _train(arch, task, recipe, (recipe.epochs - first) / len(ratios), recipe.lr, progress, part=part)
     return Outcome(merge_dsee(arch), found)
 
-def _add_dsee(arch, recipe, **kwargs):
+def _add_dsee(arch, task, recipe, support):
     "Put the recipe's low rank and sparse residual on `arch`"
     return add_dsee(arch, recipe.r, recipe.n_sparse, recipe.targets, lora_alpha=recipe.lora_alpha, train=recipe.train,
-                    seed=recipe.seed, **kwargs)
+                    seed=recipe.seed, support=support,
+                    calibration=_calibration(task, recipe) if support == 'gradient' else None)
 
 def _select(arch, imp, recipe):
     "Heads to remove by the recipe"
@@ -325,7 +326,7 @@ def _check_dsee(arch, task, recipe):
         raise ValueError("`weight_ratio` sets weights of plain layers to zero, and this model has mixtures of experts")
     if not recipe.weight_ratio:
         _check_prune(arch, task, recipe)
-    _add_dsee(arch, recipe, support='random')
+    _add_dsee(arch, task, recipe, 'random')
 
 # %% ../nbs/36_methods.ipynb #eacaea06
 def _check_moebert(arch, task, recipe):
