@@ -50,7 +50,7 @@ class _Adapting(_Pruning):
     targets: tuple[str, ...] = ('q', 'k', 'v', 'o')  # Adapted projections
     train: tuple[str, ...] = ('norm', 'head')        # What trains beside the adapters
     n_sparse: int = 16                   # 'dsee': entries of the sparse residual in each matrix
-    support: str = 'rpca'                # 'dsee': where they sit: 'rpca', 'magnitude', 'gradient' (of the task), 'random'
+    support: str = 'rpca'                # 'dsee': what places them: 'rpca', 'magnitude', 'gradient' or 'random'
 
 # %% ../nbs/34_recipe.ipynb #6c54fc20
 @dataclass(frozen=True)
