@@ -120,8 +120,7 @@ def _check_recipe(recipe):
                'support': ('rpca', 'magnitude', 'gradient', 'random'),
                'compensate': ('auto', 'all', 'neurons', 'no'), 'mixed_precision': ('auto', 'no', 'bf16', 'fp16')}
     for name, legal in choices.items():
-        value = getattr(recipe, name)
-        if value not in legal:
+        if (value := getattr(recipe, name)) not in legal:
             raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}")
     _check_numbers(recipe)
     _check_budget(recipe)
