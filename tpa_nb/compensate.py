@@ -14,9 +14,9 @@ import torch
 
 # %% ../nbs/28_compensate.ipynb #033c8d19
 from .arch import Arch, _check_arch, _head_rows
-from .importance import _as_batches, _frozen, model_inputs
+from .importance import _as_batches, _check_training, _frozen, model_inputs
 from .prune import _check_neurons, _check_selection
-from .split import _check_training, _real_tokens
+from .split import _real_tokens
 from .tasks import Examples
 
 # %% ../nbs/28_compensate.ipynb #244499b7

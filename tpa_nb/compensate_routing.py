@@ -14,10 +14,10 @@ import torch
 # %% ../nbs/32_compensate_routing.ipynb #5c113ba2
 from .arch import Arch, _check_arch
 from .compensate import _check_ridge, _solve, _Tokens
-from .importance import _as_batches, _frozen, model_inputs
+from .importance import _as_batches, _check_training, _frozen, model_inputs
 from .lora_expert import SharedNeurons, _neurons
 from .moe import _choose, moes
-from .split import _check_training, _real_tokens
+from .split import _real_tokens
 from .tasks import Examples
 
 # %% ../nbs/32_compensate_routing.ipynb #521d5544

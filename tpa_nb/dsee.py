@@ -20,7 +20,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from .arch import Arch
-from .importance import _as_batches, _check_choice, _frozen, _losses_of, model_inputs
+from .importance import _as_batches, _check_choice, _check_training, _frozen, _losses_of, model_inputs
 from .lora import _check_targets, lora_config, merge_lora, n_trainable
 from .profile import _module_flops, register_flops
 from .rpca import sparse_support
@@ -264,14 +264,15 @@ def _fisher(arch, views, data, batch_size=8):
         raise ValueError(f"`calibration` gives {bad[0]} gradients that are not finite")
     return [p.oriented(sums[p.name]) for p in views]
 
-def _scored(arch, views, support, data):
-    "Matrices (out, in) that the support is chosen by, one for each of `views`, and how"
+def _scored(arch, views, n, support, data):
+    "Matrices (out, in) that the support of `n` entries is chosen by, one for each of `views`, and how"
     _check_choice('support', support, ('rpca', 'magnitude', 'gradient', 'random'))
     if (support == 'gradient') == (data is None):
         raise ValueError("`calibration` belongs to `support` 'gradient': labelled training examples, "
                          f"`task.calibration(512)`; got {support!r} and {type(data).__name__}")
-    if support != 'gradient':
-        return [p.weight.detach() for p in views], support
+    _check_training(data)
+    if support != 'gradient' or n == 0:
+        return [p.weight.detach() for p in views], support if n else 'random'
     if not all(p.weight.isfinite().all() for p in views):
         raise ValueError("`arch` holds weights that are not finite")
     return _fisher(arch, views, data), 'magnitude'
@@ -328,7 +329,7 @@ def add_dsee(
     plain = lora_config(arch, r, lora_alpha, lora_dropout, targets, train)
     views = _views(arch, targets)
     _check_layers(arch, views, plain)
-    matrices, method = _scored(arch, views, support, calibration)
+    matrices, method = _scored(arch, views, n_sparse, support, calibration)
     index = _supports(views, matrices, n_sparse, method, seed)
     skip = ('peft_type', 'runtime_config')
     given = {f.name: getattr(plain, f.name) for f in fields(plain) if f.init and f.name not in skip}

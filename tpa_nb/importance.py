@@ -156,6 +156,22 @@ def _as_batches(arch, data, batch_size):
                              + (f" with {sorted(batch)}" if hasattr(batch, 'keys') else ''))
         yield {k: v.to(arch.device) for k, v in batch.items()}
 
+# %% ../nbs/03_importance.ipynb #1f946b0e
+def _texts(task, rows):
+    "What there is to read in each of the `rows`"
+    return set(map(str, zip(*(rows[name][:] for name in task.text_columns))))
+
+def _check_training(data) -> None:
+    "Raise if `data` are Examples with rows of their task's validation split"
+    if not isinstance(data, Examples):
+        return
+    task, texts = data.task, _texts(data.task, data.rows)
+    held = texts & _texts(task, task.validation)
+    held -= _texts(task, task.train) if held else set()
+    if held or data.rows._fingerprint == task.validation._fingerprint:
+        raise ValueError(f"`data` are the validation rows, or hold some ({len(held)} of {len(texts)} texts); use "
+                         "training rows, `task.calibration(512)`")
+
 # %% ../nbs/03_importance.ipynb #430face8
 def _check_scorable(arch):
     "Raise unless `arch` has weights that a loss can be computed with, and heads"

@@ -22,10 +22,10 @@ from transformers.activations import ACT2FN
 from .arch import FFN, Arch, _check_arch
 from .experts import Experts, _members
 from .ffn import _act_name, _check_whole
-from .importance import _as_batches, model_inputs, neuron_importance
+from .importance import _as_batches, _check_training, model_inputs, neuron_importance
 from .profile import _evaluating, _module_flops, register_flops
 from .save import StructureStep, _is_known, register_step
-from .split import _check_training, _n_experts, _real_tokens, coactivation, split_neurons
+from .split import _n_experts, _real_tokens, coactivation, split_neurons
 from .tasks import Examples
 
 # %% ../nbs/21_moe.ipynb #1b22ba5f

@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 from .arch import Arch
 from .experts import Experts
 from .ffn import _given_ids, _source_of
-from .importance import _frozen, model_inputs
+from .importance import _check_training, _frozen, model_inputs
 from .moe import _check_choice, _check_threshold, choose_experts, moes, register_router, set_router
 from .profile import _check_count, register_flops
-from .split import _check_training, _real_tokens
+from .split import _real_tokens
 from .tasks import Examples
 
 # %% ../nbs/22_router.ipynb #b0d8245e

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 # %% ../nbs/18_split.ipynb #e76e777e
 from .arch import Arch, Attention, FFN
-from .importance import _as_batches, _frozen, model_inputs
+from .importance import _as_batches, _check_training, _frozen, model_inputs
 from .tasks import Examples
 
 # %% ../nbs/18_split.ipynb #4582e6eb
@@ -149,22 +149,6 @@ def _add_products(arch, ffn, total, batch):
         a = F.normalize((h[_real_tokens(arch, ffn, batch, len(h))].abs() * size).float())
         total.add_((a.T @ a).cpu())
     return ffn.down.site.register_forward_pre_hook(hook)
-
-# %% ../nbs/18_split.ipynb #f7170c86
-def _texts(task, rows):
-    "What there is to read in each of the `rows`"
-    return set(map(str, zip(*(rows[name][:] for name in task.text_columns))))
-
-def _check_training(data) -> None:
-    "Raise if `data` are Examples with rows of their task's validation split"
-    if not isinstance(data, Examples):
-        return
-    task, texts = data.task, _texts(data.task, data.rows)
-    held = texts & _texts(task, task.validation)
-    held -= _texts(task, task.train) if held else set()
-    if held or data.rows._fingerprint == task.validation._fingerprint:
-        raise ValueError(f"`data` are the validation rows, or hold some ({len(held)} of {len(texts)} texts); use "
-                         "training rows, `task.calibration(512)`")
 
 # %% ../nbs/18_split.ipynb #8cb4675b
 @torch.no_grad()
