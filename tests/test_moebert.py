@@ -9,7 +9,8 @@ from tpa_nb.runner import Cell
 @pytest.fixture
 def script(experiment):
     "The script on a toy"
-    return experiment('moebert', EPOCHS={'mrpc': 1}, STUDENT_EPOCHS={'mrpc': 2}, SIZES={22: 8}, MOEFIED=dict(experts=16, split='kmeans'),
+    return experiment('moebert', EPOCHS={'mrpc': 1}, STUDENT_EPOCHS={'mrpc': 2}, SIZES={22: 8},
+                      MOEFIED=dict(experts=16, split='kmeans'),
                       best=lambda way, taught=True: (1e-3, int(taught)))
 
 
