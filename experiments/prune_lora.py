@@ -53,7 +53,8 @@ def tuning_grid():
 
 def exploring_grid(seeds):
     "Cells that try procedures, on slices of the training rows like the learning rates"
-    ways = [dict(), dict(normalize='none'), dict(criterion='random'), dict(iterative_steps=3), dict(min_heads=3)]
+    ways = [dict(), dict(normalize='none'), dict(criterion='random'), dict(iterative_steps=3), dict(min_heads=3),
+            dict(compensate='all'), dict(warm_up=0.3), dict(warm_up=0.1)]
     return [Cell(task, 'explore', setting(keep=keep, **way), seed)
             for seed, keep, way, task in product(seeds, (24, 36), ways, TUNED)]
 
@@ -110,7 +111,7 @@ def recipe_of(cell):
         return Recipe(method='lora', **common)
     if way == 'explore':
         norm = {'normalize': None} if asked.pop('normalize', '') == 'none' else {}
-        return Recipe(warm_up=WARM_UP, **asked, **norm, **common)
+        return Recipe(**{'warm_up': WARM_UP, **asked, **norm, **common})
     return Recipe(warm_up=0 if way.endswith('cold') else WARM_UP, keep=asked['keep'],
                   criterion='random' if way.startswith('random') else 'importance', **common)
 
