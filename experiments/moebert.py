@@ -51,7 +51,7 @@ MOEFIED = dict(experts=48, split='kmeans')  # experts of 32 neurons, as on the p
 BETTER = (('dense-student', dict(compensated=1)), ('moebert', dict(compensated=1)))
 CALIBRATION = 2048  # training rows that routers and least squares go by
 RATES = (1e-4, 3e-4)
-WEIGHTS = {'moebert': (1, 5, 0), 'dense-student': (1, 5), 'moefied': (1, 5), 'dense-more': (0,)}  # 0: no teacher
+WEIGHTS = {'moebert': (1, 5, 0), 'dense-student': (1, 5), 'moefied': (1,), 'dense-more': (0,)}  # 0: no teacher
 TUNED = ('sst2', 'cola')  # the tasks that are tuned on; the best on their mean is used for all
 ABLATIONS = (dict(teacher=0), dict(criterion='random'), dict(criterion='inverse'), dict(router='token'),
              dict(router='sentence'), dict(router='balanced'), dict(shared=0), dict(shared=128), dict(shared=320),

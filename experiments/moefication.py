@@ -42,20 +42,22 @@ ROWS = 9000            # training rows at most, of the larger sets, drawn at ran
 RECOVERY = 0.5         # epochs of every recovery, as a share of the dense model's
 DENSE_LR, T5_LR = 1e-4, 1e-3  # the T5 begins with random weights
 DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32, times=1)  # a fifth of the experts; T5 is as wide as MiniLM
-RATES = {'expert': (2e-3, 1e-3, 4e-3), 'fitted-expert': (3e-4, 1e-3), 'attention': (1e-3, 5e-4, 2e-3),
+RATES = {'expert': (2e-3, 1e-3, 4e-3), 'fitted-expert': (3e-4, 1e-3),
+         'fitted-distilled': (1e-3, 3e-4), 'attention': (1e-3, 5e-4, 2e-3),
          'full': (5e-5, 2e-5, 1e-4), 'head': (1e-3, 1e-2)}
 TUNED = ('sst2', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
 ROUTERS = {'mlp': {}, 'paper': dict(contribution='activation', scale='batch'),  # settings of `fit_routers`
            'centroid': dict(router='centroid'), 'hash': dict(router='hash')}
-FITTED, COMPENSATED = ('fitted', 'fitted-expert', 'both', 'both-expert'), ('compensated', 'both', 'both-expert')
+FITTED = 'fitted', 'fitted-expert', 'fitted-distilled', 'both', 'both-expert'
+COMPENSATED, DISTILLED = ('compensated', 'both', 'both-expert'), ('distilled', 'fitted-distilled')
 EXPERT_WAYS = ('expert', 'distilled', *FITTED)  # a LoRA expert trained by labels; with the dense model as its teacher;
-# fitted to what is left out; fitted, then trained by labels; 'both': fitted, and what runs takes over what does not
+# fitted to what is left out, and then trained; 'both': fitted, and what runs takes over what does not
 UNTRAINED = 'fitted', 'compensated', 'both'
 GRID = ('dense', 'mlp', 'mlp+compensated', 'mlp+both', 'mlp+both-expert', 'mlp+expert', 'mlp+fitted',
-        'mlp+fitted-expert', 'mlp+distilled', 'oracle-activation', 'oracle-distance', 'paper', 'paper+expert',
-        'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'mlp+head', 'dynamic', 'dynamic+expert',
-        'dynamic+fitted-expert')
-LONGER = 'mlp+fitted-expert', 'mlp+expert', 'mlp+full', 'dense+full'  # with twice as many steps
+        'mlp+fitted-expert', 'mlp+distilled', 'mlp+fitted-distilled', 'oracle-activation', 'oracle-distance', 'paper',
+        'paper+expert', 'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'mlp+head', 'dynamic',
+        'dynamic+expert', 'dynamic+fitted-expert')
+LONGER = 'mlp+fitted-expert', 'mlp+fitted-distilled', 'mlp+expert', 'mlp+full', 'dense+full'  # with twice as many steps
 SWEEPS = [
     *((way, dict(k=k)) for k in (5, 14, 24) for way in ('mlp', 'oracle-distance', 'dynamic')),
     *((way, dict(experts=E, k=k)) for E, k in ((12, 2), (24, 5), (96, 19)) for way in ('mlp', 'oracle-distance')),
@@ -171,7 +173,7 @@ def recover(arch, task, way, lr, asked, seed, cache):
             arch.base.get_submodule(name).requires_grad_(True)
     trainable = sum(p.numel() for p in arch.model.parameters() if p.requires_grad)
     settings = dict(lr=lr, seed=seed + 2000, mixed_precision='bf16')
-    if way == 'distilled':
+    if way in DISTILLED:
         distill(arch, dense_model(task, seed, cache), trained_on, epochs, **settings)
     elif way not in UNTRAINED:
         finetune(arch, trained_on, epochs, **settings)
