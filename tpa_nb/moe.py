@@ -8,6 +8,7 @@ __all__ = ['router_kinds', 'shared_kinds', 'choose_experts', 'MoE', 'moes', 'set
 
 # %% ../nbs/21_moe.ipynb #ba142c67
 import importlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -417,6 +418,9 @@ def unmoefy(
         _check_plain(arch.ffns[row], there[row])
     for row in rows:
         _flatten(arch.ffns[row], there[row])
+    if any(set(rows) & set(h['rows']) for h in arch.history if h['verb'] == 'compensate_routing'):
+        warnings.warn("`compensate_routing` made up for the experts that did not run; now that all run, what they add "
+                      "counts twice", stacklevel=2)
     arch.history.append({'verb': 'unmoefy', 'rows': rows})
     return arch
 
