@@ -398,5 +398,4 @@ def dsee_recipe(
     settings = {name: found[name] for name in ('r', 'n_sparse', 'lora_alpha', 'lr', 'batch_size')}
     by = 'update' if changes.get('weight_ratio', 0.3) else 'importance'
     return Recipe(**{**settings, 'method': 'dsee', 'epochs': epochs, 'warm_up': found['epochs'] / epochs,
-                     'weight_ratio': 0.3, 'criterion': by, 'support': 'rpca', 'targets': ('q', 'v'),
-                     'train': ('head',), **changes})
+                     'weight_ratio': 0.3, 'criterion': by, 'targets': ('q', 'v'), 'train': ('head',), **changes})

@@ -50,7 +50,7 @@ class _Adapting(_Pruning):
     targets: tuple[str, ...] = ('q', 'k', 'v', 'o')  # Adapted projections
     train: tuple[str, ...] = ('norm', 'head')        # What trains beside the adapters
     n_sparse: int = 16                   # 'dsee': entries of the sparse residual in each matrix
-    support: str = 'gradient'            # 'dsee': chosen by 'gradient', 'rpca' (the paper's), 'magnitude', 'random'
+    support: str = 'rpca'                # 'dsee': chosen by 'rpca' (the paper's), 'gradient', 'magnitude', 'random'
 
 # %% ../nbs/34_recipe.ipynb #6c54fc20
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _check_recipe(recipe):
     choices = {'method': _methods(recipe.method), 'ranks': ('budget', 'top'), 'scope': ('global', 'layer'),
                'normalize': ('layer', 'model', None), 'criterion': ('importance', 'random', 'update'),
                'split': ('kmeans', 'coactivation', 'importance', 'random'),
-               'support': ('gradient', 'rpca', 'magnitude', 'random'),
+               'support': ('rpca', 'gradient', 'magnitude', 'random'),
                'compensate': ('auto', 'all', 'neurons', 'no'), 'mixed_precision': ('auto', 'no', 'bf16', 'fp16')}
     for name, legal in choices.items():
         if (value := getattr(recipe, name)) not in legal:
