@@ -16,7 +16,8 @@ def script(experiment):
 
 def test_students_are_alike_in_size_and_steps(script, tmp_path):
     found = {c.method: script.run(c, data_dir='', cache=tmp_path) for c in script.grid(['mrpc'], [0])}
-    assert {m: r['steps'] for m, r in found.items()} == {'teacher': 2, 'dense-more': 6, **dict.fromkeys(script.STUDENTS, 6)}
+    steps = {'teacher': 2, 'dense-more': 6, **dict.fromkeys(script.STUDENTS, 6)}
+    assert {m: r['steps'] for m, r in found.items()} == steps
     assert found['moebert']['active'] == found['dense-student']['active'] == found['dense-student']['stored']
     assert found['moebert']['stored'] == found['teacher']['stored'] == found['dense-more']['active']
     assert found['moebert']['flops'] == found['dense-student']['flops'] < found['teacher']['flops']
