@@ -7,13 +7,13 @@
 
 A MiniLM is fine-tuned, ReLU-fied in the middle and fine-tuned on; that is the dense model. Its feed-forward layers
 are split into experts of which a fifth runs for each token: chosen by an oracle or by a router. Then what is left to
-train is trained for as many steps in every method: a LoRA expert (by the labels, or with the dense model as its
-teacher), LoRA on the attentions, all weights, the head alone; and, as baselines, the same on the dense model. Of
-larger sets, 9,000 training rows serve. The task t5-sst2 is SST-2 asked in words, of a small T5 that is trained here
-from nothing on all rows and recovers on 9,000 of them. The first command tries learning rates on a slice of the
-training rows, the second runs the comparison, the third gives some methods twice as many steps, the fourth changes
-one thing after the other: how many experts run, their size, how neurons are dealt out, what chooses, and the rank of
-the LoRA expert. Each cell leaves a file in experiments/results/moefication; what is there is not run again.
+train is trained for as many steps in every method: a LoRA expert (by the labels, with the dense model as its teacher
+beside them, or by the dense model alone), LoRA on the attentions, all weights, the head alone; and, as baselines, the
+same on the dense model. Of larger sets, 9,000 training rows serve. The task t5-sst2 is SST-2 asked in words, of a
+small T5 that is trained here from nothing on all rows and recovers on 9,000 of them. The first command tries learning
+rates on a slice of the training rows, the second runs the comparison, the third gives some methods twice as many
+steps, the fourth changes one thing after the other: how many experts run, their size, how neurons are dealt out, what
+chooses, and the rank of the LoRA expert. Each cell leaves a file in experiments/results/moefication; what is there is not run again.
 """
 from functools import lru_cache, partial
 from itertools import product
@@ -43,20 +43,22 @@ RECOVERY = 0.5         # epochs of every recovery, as a share of the dense model
 DENSE_LR, T5_LR = 1e-4, 1e-3  # the T5 begins with random weights
 DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32, times=1)  # a fifth of the experts; T5 is as wide as MiniLM
 RATES = {'expert': (2e-3, 1e-3, 4e-3), 'fitted-expert': (3e-4, 1e-3),
-         'fitted-distilled': (1e-3, 3e-4), 'attention': (1e-3, 5e-4, 2e-3),
-         'full': (5e-5, 2e-5, 1e-4), 'head': (1e-3, 1e-2)}
+         'fitted-distilled': (1e-3, 3e-4), 'fitted-unlabelled': (1e-3, 3e-4), 'both-unlabelled': (1e-3, 3e-4),
+         'attention': (1e-3, 5e-4, 2e-3), 'full': (5e-5, 2e-5, 1e-4), 'head': (1e-3, 1e-2)}
 TUNED = ('sst2', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
 ROUTERS = {'mlp': {}, 'paper': dict(contribution='activation', scale='batch'),  # settings of `fit_routers`
            'centroid': dict(router='centroid'), 'hash': dict(router='hash')}
-FITTED = 'fitted', 'fitted-expert', 'fitted-distilled', 'both', 'both-expert'
-COMPENSATED, DISTILLED = ('compensated', 'both', 'both-expert'), ('distilled', 'fitted-distilled')
+UNLABELLED = 'fitted-unlabelled', 'both-unlabelled'
+FITTED = 'fitted', 'fitted-expert', 'fitted-distilled', 'both', 'both-expert', *UNLABELLED
+COMPENSATED = 'compensated', 'both', 'both-expert', 'both-unlabelled'
+DISTILLED = 'distilled', 'fitted-distilled', *UNLABELLED
 EXPERT_WAYS = ('expert', 'distilled', *FITTED)  # a LoRA expert trained by labels; with the dense model as its teacher;
 # fitted to what is left out, and then trained; 'both': fitted, and what runs takes over what does not
 UNTRAINED = 'fitted', 'compensated', 'both'
 GRID = ('dense', 'mlp', 'mlp+compensated', 'mlp+both', 'mlp+both-expert', 'mlp+expert', 'mlp+fitted',
-        'mlp+fitted-expert', 'mlp+distilled', 'mlp+fitted-distilled', 'oracle-activation', 'oracle-distance', 'paper',
-        'paper+expert', 'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'mlp+head', 'dynamic',
-        'dynamic+expert', 'dynamic+fitted-expert')
+        'mlp+fitted-expert', 'mlp+both-unlabelled', 'mlp+fitted-unlabelled', 'mlp+distilled', 'mlp+fitted-distilled',
+        'oracle-activation', 'oracle-distance', 'paper', 'paper+expert', 'mlp+full', 'dense+expert', 'dense+full',
+        'mlp+attention', 'mlp+head', 'dynamic', 'dynamic+expert', 'dynamic+fitted-expert')
 LONGER = 'mlp+fitted-expert', 'mlp+fitted-distilled', 'mlp+expert', 'mlp+full', 'dense+full'  # with twice as many steps
 SWEEPS = [
     *((way, dict(k=k)) for k in (5, 14, 24) for way in ('mlp', 'oracle-distance', 'dynamic')),
@@ -64,6 +66,7 @@ SWEEPS = [
     *((way, dict(split=how)) for how in ('random', 'coactivation', 'importance')
       for way in ('mlp', 'oracle-distance')),
     *(('mlp+compensated', dict(k=k)) for k in (5, 14, 24)), ('mlp+compensated', dict(split='coactivation')),
+    ('mlp+both-unlabelled', dict(split='coactivation')),
     ('centroid', {}), ('hash', {}), ('mlp+expert', dict(r=8)), ('mlp+expert', dict(r=128))]
 
 
@@ -174,7 +177,7 @@ def recover(arch, task, way, lr, asked, seed, cache):
     trainable = sum(p.numel() for p in arch.model.parameters() if p.requires_grad)
     settings = dict(lr=lr, seed=seed + 2000, mixed_precision='bf16')
     if way in DISTILLED:
-        distill(arch, dense_model(task, seed, cache), trained_on, epochs, **settings)
+        distill(arch, dense_model(task, seed, cache), trained_on, epochs, labels=way not in UNLABELLED, **settings)
     elif way not in UNTRAINED:
         finetune(arch, trained_on, epochs, **settings)
     if way in EXPERT_WAYS:

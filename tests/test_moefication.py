@@ -23,7 +23,8 @@ def test_methods_share_models_and_get_equal_steps(script, tmp_path):
     assert {r['steps'] for m, r in found.items() if m not in untrained} == {6}
     fits = found['mlp+fitted-expert']['fit']
     compensated = {m: found[m]['compensated'] for m in found}
-    assert {m for m, rows in compensated.items() if rows} == {'mlp+compensated', 'mlp+both', 'mlp+both-expert'}
+    assert {m for m, rows in compensated.items() if rows} == {
+        'mlp+compensated', 'mlp+both', 'mlp+both-expert', 'mlp+both-unlabelled'}
     assert fits['left'] < fits['missing'] and found['mlp+expert']['fit'] is None
     assert {p.name for p in (tmp_path / 'whole').iterdir() if p.is_dir()} == {
         'dense-mrpc-0', 'mlp-8-2-kmeans-mrpc-0', 'paper-8-2-kmeans-mrpc-0'}
