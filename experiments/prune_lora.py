@@ -54,9 +54,11 @@ def tuning_grid():
 def exploring_grid(seeds):
     "Cells that try procedures, on slices of the training rows like the learning rates"
     ways = [dict(), dict(normalize='none'), dict(criterion='random'), dict(iterative_steps=3), dict(min_heads=3),
-            dict(compensate='all'), dict(warm_up=0.3), dict(warm_up=0.1)]
+            dict(compensate='all'), dict(warm_up=0.3), dict(warm_up=0.1), dict(warm_up=0.8),
+            dict(warm_up=0.8, compensate='all')]
     return [Cell(task, 'explore', setting(keep=keep, **way), seed)
-            for seed, keep, way, task in product(seeds, (24, 36), ways, TUNED)]
+            for seed, keep, way, task in product(seeds, (24, 36), ways, TUNED)] + [
+        Cell(task, 'explore', setting(keep=72), seed) for seed, task in product(seeds, TUNED)]
 
 
 def distill_tuning_grid():
