@@ -24,15 +24,17 @@ from shared import answers, choices, kept, need_data, setting, slice_of, steps_o
 
 from tpa_nb.arch import Arch
 from tpa_nb.distill import distill
+from tpa_nb.dsee import add_dsee, merge_dsee
 from tpa_nb.importance import head_derivatives, ranking_stability, score_heads
 from tpa_nb.lora import add_lora, merge_lora
+from tpa_nb.masks import prune_adapted_heads
 from tpa_nb.methods import Outcome
 from tpa_nb.profile import count_flops, count_params
 from tpa_nb.prune import prune_heads, select_heads
 from tpa_nb.recipe import Recipe, recipe_methods
 from tpa_nb.runner import Cell, best_setting, read_cells, run_script
 from tpa_nb.tasks import load_task
-from tpa_nb.train import warm_up
+from tpa_nb.train import finetune, warm_up
 
 FOLDER = Path(__file__).parent / 'results' / 'prune_lora'
 EPOCHS = {'rte': 6, 'mrpc': 5, 'cola': 5, 'wnli': 6, 'sst2': 1, 'mnli': 1}  # passes over the training rows, all methods
@@ -55,7 +57,7 @@ def exploring_grid(seeds):
     "Cells that try procedures, on slices of the training rows like the learning rates"
     ways = [dict(), dict(normalize='none'), dict(criterion='random'), dict(iterative_steps=3), dict(min_heads=3),
             dict(compensate='all'), dict(warm_up=0.3), dict(warm_up=0.1), dict(warm_up=0.8),
-            dict(warm_up=0.8, compensate='all')]
+            dict(warm_up=0.8, compensate='all'), dict(adapter='kept')]
     return [Cell(task, 'explore', setting(keep=keep, **way), seed)
             for seed, keep, way, task in product(seeds, (24, 36), ways, TUNED)] + [
         Cell(task, 'explore', setting(keep=72), seed) for seed, task in product(seeds, TUNED)]
@@ -112,6 +114,7 @@ def recipe_of(cell):
     if way == 'lora':
         return Recipe(method='lora', **common)
     if way == 'explore':
+        asked.pop('adapter', '')
         norm = {'normalize': None} if asked.pop('normalize', '') == 'none' else {}
         return Recipe(**{'warm_up': WARM_UP, **asked, **norm, **common})
     return Recipe(warm_up=0 if way.endswith('cold') else WARM_UP, keep=asked['keep'],
@@ -152,6 +155,20 @@ def prune_and_distill(arch, task, recipe, teacher, weight):
     return Outcome(merge_lora(arch), imp, ranking_stability(derivatives, recipe.normalize))
 
 
+def prune_and_keep(arch, task, recipe):
+    "Prune-LoRA with one adapter that lives through the pruning, of the same rank in every layer"
+    settings = dict(lr=recipe.lr, batch_size=recipe.batch_size, mixed_precision=recipe.mixed_precision)
+    add_dsee(arch, recipe.r, 0, recipe.targets, lora_alpha=recipe.lora_alpha, train=recipe.train, seed=recipe.seed)
+    finetune(arch, task, recipe.epochs * recipe.warm_up, seed=recipe.seed, lr_scheduler_type='constant_with_warmup',
+             **settings)
+    rows = task.calibration(min(recipe.calibration, len(task.train)), recipe.seed)
+    derivatives = head_derivatives(arch, rows, recipe.batch_size)
+    imp = score_heads(derivatives, recipe.normalize)
+    prune_adapted_heads(arch, select_heads(imp, keep=recipe.keep))
+    finetune(arch, task, recipe.epochs * (1 - recipe.warm_up), seed=recipe.seed + 1000, **settings)
+    return Outcome(merge_dsee(arch), imp, ranking_stability(derivatives, recipe.normalize))
+
+
 def run(cell, data_dir, cache):
     "Carry out one cell"
     torch.manual_seed(cell.seed)
@@ -159,8 +176,8 @@ def run(cell, data_dir, cache):
     recipe, asked = recipe_of(cell), choices(cell.setting)
     part = cell.method == 'explore' or cell.method.startswith('tune')
     task, cache = slice_of(task) if part else task, Path(cache) / ('part' if part else 'whole')
-    rest, teacher = recipe, TEACHERS.get(cell.method, asked.get('teacher'))
-    if recipe.method == 'prune-lora' and recipe.warm_up and recipe.iterative_steps == 1:
+    rest, teacher, keeps = recipe, TEACHERS.get(cell.method, asked.get('teacher')), asked.get('adapter') == 'kept'
+    if not keeps and recipe.method == 'prune-lora' and recipe.warm_up and recipe.iterative_steps == 1:
         arch = warmed(task, recipe, cache)
         rest = replace(recipe, epochs=recipe.epochs * (1 - recipe.warm_up), warm_up=0)
     else:
@@ -172,7 +189,7 @@ def run(cell, data_dir, cache):
                  'teacher_steps': steps_of(model) if teacher == 'lora' else 0}
         outcome = prune_and_distill(arch, task, rest, model, extra['weight'])
     else:
-        outcome = recipe_methods[rest.method](arch, task, rest, False)
+        outcome = prune_and_keep(arch, task, rest) if keeps else recipe_methods[rest.method](arch, task, rest, False)
     return {**answers(outcome.arch, task), 'recipe': asdict(recipe), 'steps': steps_of(outcome.arch), **extra,
             'stability': outcome.stability,
             'importance': None if outcome.importance is None else outcome.importance.nan_to_num(-1).tolist(),

@@ -28,7 +28,9 @@ def test_every_method_gets_the_same_steps_and_its_answers_give_its_score(prune_l
 def test_choices_are_made_on_training_rows(prune_lora, tmp_path):
     tuned = prune_lora.run(Cell('mrpc', 'tune-lora', 'lr=1e-03'), data_dir='', cache=tmp_path)
     tried = prune_lora.run(Cell('mrpc', 'explore', 'keep=5,normalize=none'), data_dir='', cache=tmp_path)
-    for r in (tuned, tried):
+    kept = prune_lora.run(Cell('mrpc', 'explore', 'keep=5,adapter=kept'), data_dir='', cache=tmp_path)
+    assert sum(kept['kept']) == 5 and kept['steps'] == tried['steps'] and kept['importance'] is not None
+    for r in (tuned, tried, kept):
         assert r['rows']['train'] + r['rows']['validation'] == 64
     assert tried['recipe']['normalize'] is None
     assert not (tmp_path / 'whole').exists(), 'a warm-up on all training rows would have seen the slice'
