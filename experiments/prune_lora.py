@@ -81,7 +81,8 @@ def grid(tasks, seeds, cold=True):
     for seed, task in product(seeds, tasks):
         found += [Cell(task, 'warm', setting(keep=KEEP[0]), seed), Cell(task, 'lora', seed=seed),
                   Cell(task, 'full', seed=seed)]
-        found += [Cell(task, method, setting(keep=keep), seed) for keep in KEEP for method in ('warm', 'random-warm')]
+        found += [Cell(task, method, setting(keep=keep), seed) for keep in KEEP
+                  for method in ('warm', 'random-warm', 'kept')]
     if cold:
         found += [Cell(task, method, setting(keep=keep), seed) for seed, task, keep, method in
                   product(seeds, tasks, KEEP[:2], ('cold', 'random-cold'))]
@@ -176,7 +177,7 @@ def run(cell, data_dir, cache):
     recipe, asked = recipe_of(cell), choices(cell.setting)
     part = cell.method == 'explore' or cell.method.startswith('tune')
     task, cache = slice_of(task) if part else task, Path(cache) / ('part' if part else 'whole')
-    rest, teacher, keeps = recipe, TEACHERS.get(cell.method, asked.get('teacher')), asked.get('adapter') == 'kept'
+    rest, teacher, keeps = recipe, TEACHERS.get(cell.method, asked.get('teacher')), 'kept' in (cell.method, asked.get('adapter'))
     if not keeps and recipe.method == 'prune-lora' and recipe.warm_up and recipe.iterative_steps == 1:
         arch = warmed(task, recipe, cache)
         rest = replace(recipe, epochs=recipe.epochs * (1 - recipe.warm_up), warm_up=0)
