@@ -7,10 +7,10 @@
     python experiments/prune_lora.py --data_dir DATA --stage distill --jobs 2
 
 The first command tries learning rates on a slice of the training rows, the second procedures of pruning on the same
-slice, the third runs the grid with the best rates. The last two do the same for pruned models that learn from a teacher
-as well, in as many steps: 'warm-distill' from a tuned LoRA model of the same task and seed, whose own steps come on top
-and are noted with the result, 'warm-self' from the model as it was before pruning, which has had the warm-up only.
-Each cell leaves a file in experiments/results/prune_lora; what is there is not run again. `--shard i/n` divides the
+slice, the third runs the grid with the best rates; in its method 'kept' one adapter lives through the pruning, where
+'warm' merges it and begins another. The last two do the same for pruned models that learn from a teacher as well, in
+as many steps: 'warm-distill' from a tuned LoRA model of the same task and seed, whose own steps come on top and are
+noted with the result, 'warm-self' from the model as it was before pruning, which has had the warm-up only. Each cell leaves a file in experiments/results/prune_lora; what is there is not run again. `--shard i/n` divides the
 cells between machines, `--minutes` fits them into the time there is. nbs/results/prune_lora.ipynb draws what exists.
 """
 from dataclasses import asdict, replace
@@ -177,7 +177,8 @@ def run(cell, data_dir, cache):
     recipe, asked = recipe_of(cell), choices(cell.setting)
     part = cell.method == 'explore' or cell.method.startswith('tune')
     task, cache = slice_of(task) if part else task, Path(cache) / ('part' if part else 'whole')
-    rest, teacher, keeps = recipe, TEACHERS.get(cell.method, asked.get('teacher')), 'kept' in (cell.method, asked.get('adapter'))
+    rest, teacher = recipe, TEACHERS.get(cell.method, asked.get('teacher'))
+    keeps = 'kept' in (cell.method, asked.get('adapter'))
     if not keeps and recipe.method == 'prune-lora' and recipe.warm_up and recipe.iterative_steps == 1:
         arch = warmed(task, recipe, cache)
         rest = replace(recipe, epochs=recipe.epochs * (1 - recipe.warm_up), warm_up=0)

@@ -12,7 +12,7 @@ EXPERIMENTS = Path(__file__).parent.parent / 'experiments'
 
 def test_every_method_gets_the_same_steps_and_its_answers_give_its_score(prune_lora, tmp_path):
     found = {}
-    for method in ('full', 'lora', 'warm', 'random-warm', 'cold', 'random-cold'):
+    for method in ('full', 'lora', 'warm', 'random-warm', 'cold', 'random-cold', 'kept'):
         cell = Cell('mrpc', method, '' if method in ('full', 'lora') else 'keep=5')
         found[method] = prune_lora.run(cell, data_dir='', cache=tmp_path)
     assert {r['steps'] for r in found.values()} == {8}
