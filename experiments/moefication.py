@@ -13,7 +13,8 @@ same on the dense model. Of larger sets, 9,000 training rows serve. The task t5-
 small T5 that is trained here from nothing on all rows and recovers on 9,000 of them. The first command tries learning
 rates on a slice of the training rows, the second runs the comparison, the third gives some methods twice as many
 steps, the fourth changes one thing after the other: how many experts run, their size, how neurons are dealt out, what
-chooses, and the rank of the LoRA expert. Each cell leaves a file in experiments/results/moefication; what is there is not run again.
+chooses, and the rank of the LoRA expert. Each cell leaves a file in experiments/results/moefication; what is there is
+not run again.
 """
 from functools import lru_cache, partial
 from itertools import product
