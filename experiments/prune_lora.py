@@ -7,12 +7,13 @@
     python experiments/prune_lora.py --data_dir DATA --stage distill --jobs 2
 
 The first command tries learning rates on a slice of the training rows, the second procedures of pruning on the same
-slice, the third runs the grid with the best rates; in its method 'kept' one adapter lives through the pruning, where
-'warm' merges it and begins another. The last two do the same for pruned models that learn from a teacher as well, in
-as many steps: 'warm-distill' from a tuned LoRA model of the same task and seed, whose own steps come on top and are
-noted with the result, 'warm-self' from the model as it was before pruning, which has had the warm-up only. Each cell
-leaves a file in experiments/results/prune_lora; what is there is not run again. `--shard i/n` divides the cells
-between machines, `--minutes` fits them into the time there is. nbs/results/prune_lora.ipynb draws what exists.
+slice (in its method 'kept' one adapter lives through the pruning, where others merge it and begin a second one; that
+one on all rows too), the third runs the grid with the best rates. The last two do the same for pruned models that
+learn from a teacher as well, in as many steps: 'warm-distill' from a tuned LoRA model of the same task and seed,
+whose own steps come on top and are noted with the result, 'warm-self' from the model as it was before pruning, which
+has had the warm-up only. Each cell leaves a file in experiments/results/prune_lora; what is there is not run again.
+`--shard i/n` divides the cells between machines, `--minutes` fits them into the time there is.
+nbs/results/prune_lora.ipynb draws what exists.
 """
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
@@ -55,13 +56,14 @@ def tuning_grid():
 
 
 def exploring_grid(seeds):
-    "Cells that try procedures, on slices of the training rows like the learning rates"
+    "Cells that try procedures, on slices of the training rows like the learning rates; one of them on all rows too"
     ways = [dict(), dict(normalize='none'), dict(criterion='random'), dict(iterative_steps=3), dict(min_heads=3),
             dict(compensate='all'), dict(warm_up=0.3), dict(warm_up=0.1), dict(warm_up=0.8),
             dict(warm_up=0.8, compensate='all'), dict(adapter='kept')]
     return [Cell(task, 'explore', setting(keep=keep, **way), seed)
             for seed, keep, way, task in product(seeds, (24, 36), ways, TUNED)] + [
-        Cell(task, 'explore', setting(keep=72), seed) for seed, task in product(seeds, TUNED)]
+        Cell(task, 'explore', setting(keep=72), seed) for seed, task in product(seeds, TUNED)] + [
+        Cell('cola', 'kept', setting(keep=36), seed) for seed in seeds]
 
 
 def distill_tuning_grid():
@@ -83,7 +85,7 @@ def grid(tasks, seeds, cold=True):
         found += [Cell(task, 'warm', setting(keep=KEEP[0]), seed), Cell(task, 'lora', seed=seed),
                   Cell(task, 'full', seed=seed)]
         found += [Cell(task, method, setting(keep=keep), seed) for keep in KEEP
-                  for method in ('warm', 'random-warm', 'kept')]
+                  for method in ('warm', 'random-warm')]
     if cold:
         found += [Cell(task, method, setting(keep=keep), seed) for seed, task, keep, method in
                   product(seeds, tasks, KEEP[:2], ('cold', 'random-cold'))]
