@@ -84,8 +84,7 @@ def grid(tasks, seeds, cold=True):
     for seed, task in product(seeds, tasks):
         found += [Cell(task, 'warm', setting(keep=KEEP[0]), seed), Cell(task, 'lora', seed=seed),
                   Cell(task, 'full', seed=seed)]
-        found += [Cell(task, method, setting(keep=keep), seed) for keep in KEEP
-                  for method in ('warm', 'random-warm')]
+        found += [Cell(task, method, setting(keep=keep), seed) for keep in KEEP for method in ('warm', 'random-warm')]
     if cold:
         found += [Cell(task, method, setting(keep=keep), seed) for seed, task, keep, method in
                   product(seeds, tasks, KEEP[:2], ('cold', 'random-cold'))]
@@ -143,11 +142,16 @@ def taught(task, recipe, cache):
     return kept(Path(cache) / f'teacher-{task.name}-{recipe.seed}-{recipe.lr:g}-{recipe.epochs:g}-{recipe.r}', make)
 
 
-def prune_and_distill(arch, task, recipe, teacher, weight):
-    "What the method 'prune-lora' does after its warm-up, with a teacher"
+def measured(arch, task, recipe):
+    "Derivatives of the heads on training rows, and their scores"
     rows = task.calibration(min(recipe.calibration, len(task.train)), recipe.seed)
     derivatives = head_derivatives(arch, rows, recipe.batch_size)
-    imp = score_heads(derivatives, recipe.normalize)
+    return derivatives, score_heads(derivatives, recipe.normalize)
+
+
+def prune_and_distill(arch, task, recipe, teacher, weight):
+    "What the method 'prune-lora' does after its warm-up, with a teacher"
+    derivatives, imp = measured(arch, task, recipe)
     gone = select_heads(imp, keep=recipe.keep)
     blocks = score_heads(derivatives, None, minmax=False)
     for row, heads in gone.items():
@@ -165,9 +169,7 @@ def prune_and_keep(arch, task, recipe):
     add_dsee(arch, recipe.r, 0, recipe.targets, lora_alpha=recipe.lora_alpha, train=recipe.train, seed=recipe.seed)
     finetune(arch, task, recipe.epochs * recipe.warm_up, seed=recipe.seed, lr_scheduler_type='constant_with_warmup',
              **settings)
-    rows = task.calibration(min(recipe.calibration, len(task.train)), recipe.seed)
-    derivatives = head_derivatives(arch, rows, recipe.batch_size)
-    imp = score_heads(derivatives, recipe.normalize)
+    derivatives, imp = measured(arch, task, recipe)
     prune_adapted_heads(arch, select_heads(imp, keep=recipe.keep))
     finetune(arch, task, recipe.epochs * (1 - recipe.warm_up), seed=recipe.seed + 1000, **settings)
     return Outcome(merge_dsee(arch), imp, ranking_stability(derivatives, recipe.normalize))

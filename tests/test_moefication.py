@@ -17,7 +17,7 @@ def script(experiment):
 
 def test_methods_share_models_and_get_equal_steps(script, tmp_path):
     found = {method: script.run(Cell('mrpc', method), data_dir='', cache=tmp_path)
-             for method in script.GRID}
+             for method in (*script.GRID, *script.TRIED)}
     untrained = [m for m in found if '+' not in m or m.partition('+')[2] in script.UNTRAINED]
     assert {found[m]['steps'] for m in untrained} == {4}
     assert {r['steps'] for m, r in found.items() if m not in untrained} == {6}
@@ -78,7 +78,7 @@ def test_the_small_t5_takes_part(script, tmp_path, monkeypatch):
 
 def test_every_way_that_trains_has_learning_rates(experiment):
     script = experiment('moefication')
-    ways = {method.partition('+')[2] for method in (*script.GRID, *script.LONGER)} - {'', *script.UNTRAINED}
+    ways = {method.partition('+')[2] for method in (*script.GRID, *script.LONGER, *script.TRIED)} - {'', *script.UNTRAINED}
     named = {'distilled': 'expert', 'both-expert': 'fitted-expert'}
     assert {named.get(way, way) for way in ways} == set(script.RATES)
     assert {c.method for c in script.tuning_grid()} == {f'tune-{way}' for way in script.RATES}
