@@ -43,16 +43,19 @@ ROWS = 9000            # training rows at most, of the larger sets, drawn at ran
 RECOVERY = 0.5         # epochs of every recovery, as a share of the dense model's
 DENSE_LR, T5_LR = 1e-4, 1e-3  # the T5 begins with random weights
 DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32, times=1)  # a fifth of the experts; T5 is as wide as MiniLM
-RATES = {'expert': (2e-3, 1e-3, 4e-3), 'fitted-expert': (3e-4, 1e-3),
+RATES = {'expert': (2e-3, 1e-3, 4e-3), 'fitted-expert': (3e-4, 1e-3), 'fitted-norm': (1e-3, 3e-4),
+         'fitted-pooler': (1e-3, 3e-4), 'distilled-pooler': (1e-3, 3e-4),
          'fitted-distilled': (1e-3, 3e-4), 'fitted-unlabelled': (1e-3, 3e-4), 'both-unlabelled': (1e-3, 3e-4),
          'attention': (1e-3, 5e-4, 2e-3), 'full': (5e-5, 2e-5, 1e-4), 'head': (1e-3, 1e-2)}
 TUNED = ('sst2', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
 ROUTERS = {'mlp': {}, 'paper': dict(contribution='activation', scale='batch'),  # settings of `fit_routers`
            'centroid': dict(router='centroid'), 'hash': dict(router='hash')}
 UNLABELLED = 'fitted-unlabelled', 'both-unlabelled'
-FITTED = 'fitted', 'fitted-expert', 'fitted-distilled', 'both', 'both-expert', *UNLABELLED
+WIDER = {'fitted-norm': ('norm', 'head'), 'fitted-pooler': ('norm', 'head', 'pooler'),
+         'distilled-pooler': ('norm', 'head', 'pooler')}  # what trains beside the expert; otherwise the head
+FITTED = 'fitted', 'fitted-expert', 'fitted-distilled', 'both', 'both-expert', *UNLABELLED, *WIDER
 COMPENSATED = 'compensated', 'both', 'both-expert', 'both-unlabelled'
-DISTILLED = 'distilled', 'fitted-distilled', *UNLABELLED
+DISTILLED = 'distilled', 'fitted-distilled', 'distilled-pooler', *UNLABELLED
 EXPERT_WAYS = ('expert', 'distilled', *FITTED)  # a LoRA expert trained by labels; with the dense model as its teacher;
 # fitted to what is left out, and then trained; 'both': fitted, and what runs takes over what does not
 UNTRAINED = 'fitted', 'compensated', 'both'
@@ -60,7 +63,7 @@ GRID = ('dense', 'mlp', 'mlp+compensated', 'mlp+both', 'mlp+both-expert', 'mlp+e
         'mlp+fitted-expert', 'mlp+distilled', 'oracle-activation', 'oracle-distance', 'paper', 'paper+expert',
         'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'mlp+head', 'dynamic', 'dynamic+expert',
         'dynamic+fitted-expert')
-TRIED = 'mlp+fitted-distilled', *(f'mlp+{way}' for way in UNLABELLED)  # on slices, no better: not in the comparison
+TRIED = 'mlp+fitted-distilled', *(f'mlp+{way}' for way in (*UNLABELLED, *WIDER))  # on slices, no better: not in the comparison
 LONGER = 'mlp+fitted-expert', 'mlp+expert', 'mlp+full', 'dense+full'  # with twice as many steps
 SWEEPS = [
     *((way, dict(k=k)) for k in (5, 14, 24) for way in ('mlp', 'oracle-distance', 'dynamic')),
@@ -164,7 +167,7 @@ def recover(arch, task, way, lr, asked, seed, cache):
     "Train what `way` lets train, and fold it in"
     epochs, trained_on, r = asked['times'] * RECOVERY * epochs_of(task), at_most(task, ROWS), asked['r']
     if way in EXPERT_WAYS:
-        add_lora_expert(arch, r=r, seed=seed)
+        add_lora_expert(arch, r=r, train=WIDER.get(way, ('head',)), seed=seed)
     if way in FITTED:
         fit_lora_expert(arch, calibration(task, seed), seed=seed)
     if way in COMPENSATED:
