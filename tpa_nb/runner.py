@@ -164,8 +164,9 @@ def _results(ended):
     try:
         return [future.result() for future in ended]
     except BrokenProcessPool as e:
-        raise MemoryError("a worker was killed, most likely for want of memory; use fewer `jobs`. What is finished "
-                          "is kept, the same call goes on from there") from e
+        raise MemoryError("a worker was killed, most likely for want of memory (use fewer `jobs`), or by a script "
+                          "that runs cells outside `if __name__ == '__main__':`. What is finished is kept, the same "
+                          "call goes on from there") from e
 
 # %% ../nbs/42_runner.ipynb #fa9f4123
 def run_script(
