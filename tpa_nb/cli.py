@@ -100,10 +100,12 @@ def with_recipe(
 def _recipe(recipe, no_train):
     "The recipe that a command's arguments ask for"
     method = recipe.get('method', Recipe.method)
-    if no_train and method not in ('prune-lora', 'prune'):
-        raise ValueError(f"`no_train` prunes a model that was fine-tuned before and trains nothing; `method` "
-                         f"{method!r} trains, give one of the two")
-    return Recipe(**{**recipe, 'method': 'prune' if no_train else method})
+    if no_train and method not in _WITHOUT:
+        raise ValueError(f"`no_train` prunes or routes a model that was fine-tuned before and trains nothing; `method` "
+                         f"{method!r} trains, give one of the two, or 'prune' or 'route' in its place")
+    return Recipe(**{**recipe, 'method': _WITHOUT[method] if no_train else method})
+
+_WITHOUT = {'prune-lora': 'prune', 'prune': 'prune', 'moefy': 'route', 'route': 'route'}  # without training
 
 # %% ../nbs/41_cli.ipynb #e43ddb27
 def _compress(given):
@@ -142,7 +144,7 @@ def tpa_compress(
     regression: store_true = False, # Its labels are numbers to predict, whole ones too
     max_length: int = 0,            # Tokens at which texts are cut; the task's own if 0
     output_dir: str = 'tpa_out',    # Folder for the model, the figures and the report
-    no_train: store_true = False,   # Only prune: `model` was fine-tuned on the task before; the same as --method prune
+    no_train: store_true = False,   # Only prune, or route: `model` was fine-tuned before; as --method prune or route
     rivals: str = '',               # Beside it: full,lora,paper,random,unpruned or none; by default what fits
     repeats: int = 10,              # Timed passes of each model
     dry_run: store_true = False,    # Say what would be done and how long it would take; write nothing

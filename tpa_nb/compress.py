@@ -42,7 +42,7 @@ RIVALS = {'full': ('full fine-tuning', dict(method='full', distill_weight=None))
           'random': ('random heads', dict(criterion='random')),
           'unpruned': ('unpruned', dict(method='none'))}
 _TITLES = {'prune-lora': 'Prune-LoRA (tpa_nb)', 'full': 'full fine-tuning', 'lora': 'LoRA', 'prune': 'pruned',
-           'none': 'unpruned', 'dsee': 'DSEE (tpa_nb)', 'moefy': 'MoEfied (tpa_nb)',
+           'none': 'unpruned', 'dsee': 'DSEE (tpa_nb)', 'moefy': 'MoEfied (tpa_nb)', 'route': 'routed',
            'moebert': 'MoEBERT (tpa_nb)'}
 
 def variants(
@@ -144,7 +144,7 @@ def _train_all(model, task, chosen, work, progress):
         done.append(found)
     return done
 
-_DOING = {'prune': 'measuring and pruning', 'none': 'scoring'}
+_DOING = {'prune': 'measuring and pruning', 'route': 'splitting and routing', 'none': 'scoring'}
 
 # %% ../nbs/40_compress.ipynb #f501ec88
 def _profiles(done, task, repeats):
@@ -376,7 +376,7 @@ def _plan(arch, task, chosen, per_step, output_dir):
     for title, r in chosen.items():
         steps = math.ceil(math.ceil(len(task.train) / r.batch_size) * r.epochs)
         rows = len(task.validation) / 2
-        rows += min(r.calibration, len(task.train)) if r.method in ('prune', 'prune-lora') else 0
+        rows += min(r.calibration, len(task.train)) if r.method in ('prune', 'prune-lora', 'route') else 0
         steps = 0 if r.method in UNTRAINED else steps
         step = per_step['full' if r.method in ('full', 'moefy', 'moebert') else 'lora']
         step *= 4 / 3 if r.distill_weight or r.method == 'moebert' else 1  # the teacher's forward pass

@@ -14,6 +14,7 @@ import torch
 from .arch import Arch
 from .budget import latency_table, select_within, structure_importance
 from .compensate import compensate
+from .compensate_routing import compensate_routing
 from .distill import distill
 from .dsee import add_dsee, dsee_settings, merge_dsee
 from .importance import head_derivatives, neuron_importance, ranking_stability, score_heads
@@ -203,7 +204,7 @@ def _nothing(arch, task, recipe, progress):
     "The model as it came"
     return Outcome(arch)
 
-UNTRAINED = ('prune', 'none')
+UNTRAINED = ('prune', 'route', 'none')
 
 # %% ../nbs/36_methods.ipynb #085401c7
 def _dsee(arch, task, recipe, progress):
@@ -271,6 +272,15 @@ def _experts(arch, recipe):
     n, d_ff = recipe.n_experts, arch.ffns[0].d_ff
     n, on_uneven = (_n_experts(d_ff, max(2, d_ff // 32), 'nearest'), 'nearest') if n is None else (n, 'error')
     return n, max(1, round(n / 5)) if recipe.k is None else recipe.k, on_uneven
+
+# %% ../nbs/36_methods.ipynb #60fe7860
+def _route(arch, task, recipe, progress):
+    "Split and route a fine-tuned model; what runs takes over what does not (Zhang et al. 2022; taking over is ours)"
+    dense, calibration = arch.clone(), _calibration(task, recipe)
+    _to_experts(arch, recipe, calibration)
+    if recipe.compensate != 'no':
+        compensate_routing(arch, dense, calibration)
+    return Outcome(fold_lora_expert(arch) if recipe.expert_r else arch)
 
 # %% ../nbs/36_methods.ipynb #9302b292
 def _moebert(arch, task, recipe, progress):
@@ -351,13 +361,14 @@ def _check_moefy(arch, task, recipe):
 for _name, _run, _check in (('full', _full, None), ('lora', _lora, None),
                             ('prune-lora', _prune_lora, _check_prune_lora), ('prune', _prune_only, _check_prune),
                             ('none', _nothing, None), ('dsee', _dsee, _check_dsee), ('moefy', _moefy, _check_moefy),
-                            ('moebert', _moebert, _check_moebert)):
+                            ('route', _route, _check_moefy), ('moebert', _moebert, _check_moebert)):
     register_method(_name, _run, _check)
 
 # %% ../nbs/36_methods.ipynb #9f49b18c
 _BUDGETS = ('neuron_ratio', 'flops_ratio', 'latency_ratio', 'max_drop', 'compensate')
 _UNUSED = {'dsee': _BUDGETS, 'moefy': ('keep', 'iterative_steps', *_BUDGETS),
-           'moebert': ('keep', 'iterative_steps', *_BUDGETS), 'prune': ('distill_weight',), 'none': ('distill_weight',)}
+           'moebert': ('keep', 'iterative_steps', *_BUDGETS), 'prune': ('distill_weight',), 'none': ('distill_weight',),
+           'route': ('keep', 'iterative_steps', *_BUDGETS[:-1], 'distill_weight', 'relu', 'fit_expert')}
 
 def _check_unused(recipe):
     "Raise if the recipe asks for what its method does not do"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class _Pruning:
     "What goes, and what decides"
-    method: str = 'prune-lora'           # 'prune-lora', 'lora', 'full', 'prune', 'dsee', 'moefy', 'moebert' or your own
+    method: str = 'prune-lora'           # 'prune-lora', 'prune', 'dsee', 'moefy', 'route', 'moebert', 'lora', 'full'
     keep: int | None = None              # Heads to keep in all; by default `pruning_ratio` decides
     pruning_ratio: float = 0.3           # Share of the heads to remove (the paper: 44 of 144)
     neuron_ratio: float = 0.0            # Share of the feed-forward neurons to remove as well
@@ -28,7 +28,7 @@ class _Pruning:
     criterion: str = 'importance'        # What decides: 'importance', 'random' as a control, DSEE's 'update'
     normalize: str | None = 'layer'      # Scores: L2 norm per 'layer', over the 'model', or None
     iterative_steps: int = 1             # Shares in which heads or, by `weight_ratio`, weights go; measured before each
-    compensate: str = 'auto'             # What stays takes over: 'neurons', 'all' (heads too), 'no'; 'auto' by method
+    compensate: str = 'auto'             # What is left takes over: 'neurons', 'all' (heads too), 'no'; 'auto' by method
     max_drop: float | None = None        # Stop pruning when the score falls by more, on held-out training rows
     holdout: float = 0.1                 # Share of the training rows for that
     warm_up: float = 0.5                 # Share of all steps before importance is measured; 0 for none
