@@ -10,6 +10,7 @@ __all__ = ['expert_contributions', 'OracleRouter', 'CentroidRouter', 'HashRouter
 import heapq
 import inspect
 import sys
+import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 
@@ -453,6 +454,13 @@ def _fit_one(arch, ffn, batches, make, contribution, max_tokens, seed, settings)
 # %% ../nbs/22_router.ipynb #34f96bda
 _LEARNING = ('epochs', 'lr', 'scale')
 
+def _warn_if_compensated(arch):
+    "Say so where experts that ran took over for others, and others will run from now on"
+    verbs = [h['verb'] for h in arch.history if h['verb'] in ('moefy', 'moebert', 'compensate_routing')]
+    if verbs[-1:] == ['compensate_routing']:
+        warnings.warn("`compensate_routing` made up for the experts that did not run; others run from now on, so call "
+                      "it afterwards", stacklevel=3)
+
 def _check_fit(arch, router, rows, settings):
     "Rows of the mixtures that are to get a router, settings of the router and of its training; or a clear error"
     there = moes(arch)
@@ -494,6 +502,7 @@ def fit_routers(
     for row in tqdm(rows, desc='routers', disable=hidden, leave=False):
         with _routed(mixtures, {r: new for r, (new, _) in found.items()} if live else {}):
             found[row] = _fit_one(arch, ffns[row], batches, make, contribution, max_tokens, seed, learning)
+    _warn_if_compensated(arch)
     for row, (new, _) in found.items():
         set_router(ffns[row], new)
     report = pd.DataFrame([line for _, line in found.values()])
@@ -605,6 +614,7 @@ def set_dynamic_k(
         for row, m in mixtures.items():
             m.k, m.threshold, m.mean_k = before[row]
         raise
+    _warn_if_compensated(arch)
     arch.history.append({'verb': 'set_dynamic_k', 'k': k, 'threshold': threshold,
                          'mean_k': {row: round(m.mean_k, 3) for row, m in mixtures.items()}})
     return arch
