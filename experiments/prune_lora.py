@@ -47,11 +47,13 @@ TEACHERS = {'warm-distill': 'lora', 'warm-self': 'self'}  # who teaches: a tuned
 WEIGHTS = (1, 5)  # weights of distillation that are tried
 TAUGHT = ('cola',)  # the tasks that these are chosen on, the cheapest one: a teacher has to be trained for each
 WARM_UP = 0.5
+ALL = ('q', 'k', 'v', 'o', 'up', 'down')  # 'targets=all': adapters on the feed-forward layers as well
 
 
 def tuning_grid():
-    "Cells that try learning rates, and one without training the pooler"
-    return [Cell(task, 'tune-lora', setting(lr=RATES['tune-lora'][0], pooler=0)) for task in TUNED] + [
+    "Cells that try learning rates, no training of the pooler, and adapters on all layers"
+    return [Cell(task, 'tune-lora', setting(lr=RATES['tune-lora'][0], **change))
+            for change in (dict(pooler=0), dict(targets='all')) for task in TUNED] + [
         Cell(task, method, setting(lr=lr)) for method, rates in RATES.items() for lr, task in product(rates, TUNED)]
 
 
@@ -59,7 +61,7 @@ def exploring_grid(seeds):
     "Cells that try procedures, on slices of the training rows like the learning rates; one of them on all rows too"
     ways = [dict(), dict(normalize='none'), dict(criterion='random'), dict(iterative_steps=3), dict(min_heads=3),
             dict(compensate='all'), dict(warm_up=0.3), dict(warm_up=0.1), dict(warm_up=0.8),
-            dict(warm_up=0.8, compensate='all'), dict(adapter='kept')]
+            dict(warm_up=0.8, compensate='all'), dict(adapter='kept'), dict(targets='all')]
     return [Cell(task, 'explore', setting(keep=keep, **way), seed)
             for seed, keep, way, task in product(seeds, (24, 36), ways, TUNED)] + [
         Cell(task, 'explore', setting(keep=72), seed) for seed, task in product(seeds, TUNED)] + [
@@ -114,6 +116,8 @@ def recipe_of(cell):
         return Recipe(method='full', full_lr=lr or best_rate('full'), **common)
     common['lr'] = lr or best_rate('lora')
     common['train'] = ('norm', 'head', 'pooler') if asked.get('pooler', 1) else ('norm', 'head')
+    if asked.pop('targets', '') == 'all':
+        common['targets'] = ALL
     if way == 'lora':
         return Recipe(method='lora', **common)
     if way == 'explore':
@@ -129,8 +133,8 @@ def warmed(task, recipe, cache):
     def make():
         arch = Arch.from_pretrained('minilm', task, recipe.seed)
         return warm_up(arch, task, recipe.epochs * recipe.warm_up, recipe.r, recipe.lr, recipe.batch_size, recipe.seed,
-                       recipe.train, mixed_precision=recipe.mixed_precision)
-    key = f'{task.name}-{recipe.seed}-{recipe.lr:g}-{recipe.epochs:g}-{recipe.warm_up:g}-{recipe.r}'
+                       recipe.train, recipe.targets, recipe.lora_alpha, mixed_precision=recipe.mixed_precision)
+    key = '-'.join(map(str, (task.name, recipe.seed, recipe.lr, recipe.epochs, recipe.warm_up, recipe.r, *recipe.targets)))
     return kept(Path(cache) / key, make)
 
 

@@ -88,7 +88,8 @@ class _Measure:
         recipe, epochs = self.recipe, self.recipe.epochs * self.recipe.warm_up / self.recipe.iterative_steps
         if epochs:
             warm_up(arch, self.task, epochs, recipe.r, recipe.lr, recipe.batch_size, recipe.seed + 1000 * self.part,
-                    recipe.train, mixed_precision=recipe.mixed_precision, progress=self.progress)
+                    recipe.train, recipe.targets, recipe.lora_alpha, mixed_precision=recipe.mixed_precision,
+                    progress=self.progress)
             self.part += 1
         self.derivatives = head_derivatives(arch, _calibration(self.task, recipe), recipe.batch_size)
         self.scores = score_heads(self.derivatives, recipe.normalize)

@@ -508,6 +508,8 @@ def warm_up(
     batch_size: int = 32,              # Examples per step and device
     seed: int = 0,                     # Seed of adapter, order and dropout
     train: tuple[str, ...] = ('norm', 'head'),  # What trains beside the adapter
+    targets: tuple[str, ...] = ('q', 'k', 'v', 'o'),  # Adapted projections, as in `add_lora`
+    lora_alpha: float = 16,            # The adapter's alpha
     **kwargs,                          # Further arguments of `finetune`
 ) -> Arch:                             # The same handle, a plain model that has begun to know the task
     "Train a LoRA adapter for a short while and merge it, so that importance means something"
@@ -516,10 +518,10 @@ def warm_up(
     work = Arch(arch.model, arch.tokenizer, arch.family)
     _check_fit(work, task)
     work.check_weights()
-    add_lora(work, r=r, train=train, seed=seed)
+    add_lora(work, r=r, lora_alpha=lora_alpha, targets=targets, train=train, seed=seed)
     settings = {'title': 'warm-up', 'lr_scheduler_type': 'constant_with_warmup', **kwargs}
     arch.model = merge_lora(finetune(work, task, epochs, lr, batch_size, seed, **settings)).model
-    arch.history.append({**work.history[1], 'verb': 'warm_up', 'r': r})
+    arch.history.append({**work.history[1], 'verb': 'warm_up', 'r': r, 'targets': list(targets)})
     return arch
 
 # %% ../nbs/06_train.ipynb #001d1cd8
