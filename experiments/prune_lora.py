@@ -134,8 +134,8 @@ def warmed(task, recipe, cache):
         arch = Arch.from_pretrained('minilm', task, recipe.seed)
         return warm_up(arch, task, recipe.epochs * recipe.warm_up, recipe.r, recipe.lr, recipe.batch_size, recipe.seed,
                        recipe.train, recipe.targets, recipe.lora_alpha, mixed_precision=recipe.mixed_precision)
-    key = '-'.join(map(str, (task.name, recipe.seed, recipe.lr, recipe.epochs, recipe.warm_up, recipe.r, *recipe.targets)))
-    return kept(Path(cache) / key, make)
+    key = task.name, recipe.seed, recipe.lr, recipe.epochs, recipe.warm_up, recipe.r, *recipe.targets
+    return kept(Path(cache) / '-'.join(map(str, key)), make)
 
 
 def taught(task, recipe, cache):
