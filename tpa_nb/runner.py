@@ -76,10 +76,10 @@ def _shard(cells, shard):
         raise ValueError(f"`shard` must be 'i/n' with i from 1 to n, got {shard!r}")
     return cells[i - 1::n]
 
-def _start_worker(threads):
-    "Set the number of threads of a worker; it ends with the process that started it, however that ends"
+def _start_worker(threads, parent):
+    "Set the number of threads of a worker; it ends with the process that started it, however and whenever that ends"
     torch.set_num_threads(threads)
-    Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+    Thread(target=_follow, args=(parent,), daemon=True).start()
 
 def _follow(parent):
     "Leave as soon as `parent` is gone: nobody would read what this process finds"
@@ -141,7 +141,7 @@ def run_cells(
 def _drain(todo, run, folder, deadline, jobs, threads, known, progress):
     "Keep `jobs` workers busy until all is done or time is up"
     errors, running, n, done = {}, set(), len(todo), 0
-    with ProcessPoolExecutor(jobs, get_context('spawn'), _start_worker, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context('spawn'), _start_worker, (threads, os.getpid())) as pool:
         while todo or running:
             while todo and len(running) < jobs:
                 cell = todo.pop(0)
