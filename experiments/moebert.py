@@ -59,9 +59,11 @@ ABLATIONS = (dict(teacher=0), dict(criterion='random'), dict(criterion='inverse'
 
 
 def tuning_grid():
-    "Cells that try learning rates and weights, for every kind of student"
+    "Cells that try learning rates and weights, for every kind of student; the rates with half of the neurons too"
     return [Cell(task, f'tune-{way}', setting(lr=lr, weight=weight))
-            for way, weights in WEIGHTS.items() for weight, lr, task in product(weights, RATES, TUNED)]
+            for way, weights in WEIGHTS.items() for weight, lr, task in product(weights, RATES, TUNED)] + [
+        Cell(task, f'tune-{way}', setting(lr=lr, weight=1, size=768))
+        for way, lr, task in product(STUDENTS, RATES, TUNED)]
 
 
 def grid(tasks, seeds):
