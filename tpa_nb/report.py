@@ -424,9 +424,34 @@ def _compensate_routing(e) -> str:
     tokens = f" on {_count(e['tokens'], 'token')} of training rows" if 'tokens' in e else ''
     return f'Let the experts that run take over what the others would add, by least squares{tokens}.'
 
+def _span(values) -> str:
+    "'8', '8 to 10'"
+    return 'some' if None in values else ' to '.join(map(str, sorted({min(values), max(values)})))
+
+def _moefy(e) -> str:
+    sizes = (f" into {_span(e['n_experts'])} experts of {_span(e['expert_size'])} neurons by {e['split']}; "
+             f"{_span(e['k'])} of them run for each token") if 'split' in e else ' into experts'
+    return f"Split {_count(len(e['rows']), 'feed-forward layer') if 'rows' in e else 'feed-forward layers'}{sizes}."
+
+def _moebert(e) -> str:
+    sizes = (f" to {_span(e['n_experts'])} experts of {e['expert_size']}, {e['shared']} of them shared by all; each "
+             f"token runs one, chosen by the router {e['router']!r}") if 'shared' in e else ' to experts'
+    return f'Dealt the neurons out{sizes}.'
+
+def _fit_routers(e) -> str:
+    caught = f"; what they choose has {e['captured']:.0%} of what the best choice adds" if 'captured' in e else ''
+    return f"Fitted routers{' (' + e['router'] + ')' if 'router' in e else ''} on training rows{caught}."
+
+def _fit_expert(e) -> str:
+    left = f": {e['missing']:.1%} of the output in squares before, {e['left']:.1%} after" if 'left' in e else ''
+    return f'Fitted that expert to what routing leaves out{left}.'
+
 _SAY = {'warm_up': _warm_up, 'prune_heads': _prune, 'stop_pruning': _stop, 'add_lora': _add_lora,
         'finetune': _finetune, 'prune_neurons': _prune_neurons, 'compensate': _compensate,
-        'compensate_routing': _compensate_routing,
+        'compensate_routing': _compensate_routing, 'moefy': _moefy, 'moebert': _moebert,
+        'fit_routers': _fit_routers, 'fit_lora_expert': _fit_expert,
+        'add_lora_expert': lambda e: f"Added an expert of {e.get('r', 'a few')} neurons that every token uses.",
+        'fold_lora_expert': lambda e: 'Folded the expert that is always on into plain neurons.',
         'merge_lora': lambda e: 'Merged the adapters into the weights: the model is a plain one again.'}
 
 # %% ../nbs/35_report.ipynb #48853d17
