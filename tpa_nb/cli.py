@@ -102,7 +102,7 @@ def _recipe(recipe, no_train):
     method = recipe.get('method', Recipe.method)
     if no_train and method not in _WITHOUT:
         raise ValueError(f"`no_train` prunes or routes a model that was fine-tuned before and trains nothing; `method` "
-                         f"{method!r} trains, give one of the two, or 'prune' or 'route' in its place")
+                         f"{method!r} trains, give 'prune' or 'route'")
     return Recipe(**{**recipe, 'method': _WITHOUT[method] if no_train else method})
 
 _WITHOUT = {'prune-lora': 'prune', 'prune': 'prune', 'moefy': 'route', 'route': 'route'}  # without training
