@@ -42,7 +42,7 @@ EPOCHS = {'sst2': 2, 'mnli': 2, 'mrpc': 4, 'cola': 4, 'rte': 6, 't5-sst2': 3}  #
 ROWS = 9000            # training rows at most, of the larger sets, drawn at random; the same for all methods
 RECOVERY = 0.5         # epochs of every recovery, as a share of the dense model's
 DENSE_LR, T5_LR = 1e-4, 1e-3  # the T5 begins with random weights
-DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32, times=1)  # a fifth of the experts; T5 is as wide as MiniLM
+DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32, times=1, rows=2048)  # a fifth of the experts; T5 is as wide as MiniLM
 RATES = {'expert': (2e-3, 1e-3, 4e-3), 'fitted-expert': (3e-4, 1e-3), 'fitted-norm': (1e-3, 3e-4),
          'fitted-pooler': (1e-3, 3e-4), 'distilled-pooler': (1e-3, 3e-4),
          'fitted-distilled': (1e-3, 3e-4), 'fitted-unlabelled': (1e-3, 3e-4), 'both-unlabelled': (1e-3, 3e-4),
@@ -135,9 +135,9 @@ def dense_model(task, seed, cache):
     return kept(Path(cache) / f"dense-{task.name}-{seed}", partial(make, task, seed))
 
 
-def calibration(task, seed):
-    "Training rows for routers and biases"
-    return task.calibration(min(2048, len(task.train)), seed)
+def calibration(task, seed, rows=DEFAULTS['rows']):
+    "Training rows for routers and biases, and for what is fitted"
+    return task.calibration(min(rows, len(task.train)), seed)
 
 
 def routed_model(task, seed, way, asked, cache):
@@ -167,12 +167,13 @@ def model_of(way, task, seed, asked, cache):
 def recover(arch, task, way, lr, asked, seed, cache):
     "Train what `way` lets train, and fold it in"
     epochs, trained_on, r = asked['times'] * RECOVERY * epochs_of(task), at_most(task, ROWS), asked['r']
+    few = calibration(task, seed, asked['rows'])
     if way in EXPERT_WAYS:
         add_lora_expert(arch, r=r, train=WIDER.get(way, ('head',)), seed=seed)
     if way in FITTED:
-        fit_lora_expert(arch, calibration(task, seed), seed=seed)
+        fit_lora_expert(arch, few, seed=seed)
     if way in COMPENSATED:
-        compensate_routing(arch, dense_model(task, seed, cache), calibration(task, seed))
+        compensate_routing(arch, dense_model(task, seed, cache), few)
     if way == 'attention':
         add_lora(arch, r=8, seed=seed)
     if way in ('full', 'head'):

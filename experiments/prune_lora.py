@@ -3,12 +3,14 @@
     python experiments/prune_lora.py --data_dir DATA --stage tune --jobs 2
     python experiments/prune_lora.py --data_dir DATA --stage explore --jobs 2
     python experiments/prune_lora.py --data_dir DATA --jobs 2 --minutes 60
+    python experiments/prune_lora.py --data_dir DATA --stage longer --jobs 2
     python experiments/prune_lora.py --data_dir DATA --stage tune-distill --jobs 2
     python experiments/prune_lora.py --data_dir DATA --stage distill --jobs 2
 
 The first command tries learning rates on a slice of the training rows, the second procedures of pruning on the same
 slice (in its method 'kept' one adapter lives through the pruning, where others merge it and begin a second one; that
-one on all rows too), the third runs the grid with the best rates. The last two do the same for pruned models that
+one on all rows too), the third runs the grid with the best rates, the fourth gives every method three times as many
+passes, at the same rates. The last two do the same as the third for pruned models that
 learn from a teacher as well, in as many steps: 'warm-distill' from a tuned LoRA model of the same task and seed,
 whose own steps come on top and are noted with the result, 'warm-self' from the model as it was before pruning, which
 has had the warm-up only. Each cell leaves a file in experiments/results/prune_lora; what is there is not run again.
@@ -47,6 +49,7 @@ TEACHERS = {'warm-distill': 'lora', 'warm-self': 'self'}  # who teaches: a tuned
 WEIGHTS = (1, 5)  # weights of distillation that are tried
 TAUGHT = ('cola',)  # the tasks that these are chosen on, the cheapest one: a teacher has to be trained for each
 WARM_UP = 0.5
+LONGER = 3  # times as many passes, in the stage 'longer'
 ALL = ('q', 'k', 'v', 'o', 'up', 'down')  # 'targets=all': adapters on the feed-forward layers as well
 
 
@@ -55,6 +58,13 @@ def tuning_grid():
     return [Cell(task, 'tune-lora', setting(lr=RATES['tune-lora'][0], **change))
             for change in (dict(pooler=0), dict(targets='all')) for task in TUNED] + [
         Cell(task, method, setting(lr=lr)) for method, rates in RATES.items() for lr, task in product(rates, TUNED)]
+
+
+def longer_grid(tasks, seeds):
+    "Cells of the comparison with three times as many steps, of every method alike"
+    pruned = [(method, dict(keep=keep)) for keep in KEEP for method in ('warm', 'random-warm')]
+    return [Cell(task, method, setting(**asked, times=LONGER), seed)
+            for seed, (method, asked), task in product(seeds, [('lora', {}), *pruned, ('full', {})], tasks)]
 
 
 def exploring_grid(seeds):
@@ -111,7 +121,8 @@ def recipe_of(cell):
     "What a cell asks for, as a `Recipe`"
     way, asked = cell.method.removeprefix('tune-'), choices(cell.setting)
     lr = asked.get('lr')
-    common = dict(epochs=EPOCHS[cell.task], seed=cell.seed, mixed_precision='bf16')
+    epochs = EPOCHS[cell.task] * asked.pop('times', 1)
+    common = dict(epochs=epochs, seed=cell.seed, mixed_precision='bf16')
     if way == 'full':
         return Recipe(method='full', full_lr=lr or best_rate('full'), **common)
     common['lr'] = lr or best_rate('lora')
@@ -214,7 +225,7 @@ def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tasks: str = 'mrpc,rte,cola',        # Tasks, with commas
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'tune', 'explore' or 'grid'; 'tune-distill' or 'distill' with a teacher
+    stage: str = 'grid',                 # 'tune', 'explore', 'grid', 'longer'; with a teacher 'tune-distill', 'distill'
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
@@ -225,6 +236,7 @@ def main(
     need_data('prune_lora', data_dir, dry_run)
     names = tasks.split(',')
     cells = {'tune': tuning_grid, 'explore': lambda: exploring_grid(range(seeds)),
+             'longer': lambda: longer_grid(names, range(seeds)),
              'grid': lambda: grid(names, range(seeds)), 'tune-distill': distill_tuning_grid,
              'distill': lambda: distill_grid(names, range(seeds))}[stage]()
     run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
