@@ -42,7 +42,7 @@ EPOCHS = {'sst2': 2, 'mnli': 2, 'mrpc': 4, 'cola': 4, 'rte': 6, 't5-sst2': 3}  #
 ROWS = 9000            # training rows at most, of the larger sets, drawn at random; the same for all methods
 RECOVERY = 0.5         # epochs of every recovery, as a share of the dense model's
 DENSE_LR, T5_LR = 1e-4, 1e-3  # the T5 begins with random weights
-DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32, times=1, rows=2048)  # a fifth of the experts; T5 is as wide as MiniLM
+DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32, times=1, rows=2048)  # a fifth of them; T5 is as wide as MiniLM
 RATES = {'expert': (2e-3, 1e-3, 4e-3), 'fitted-expert': (3e-4, 1e-3), 'fitted-norm': (1e-3, 3e-4),
          'fitted-pooler': (1e-3, 3e-4), 'distilled-pooler': (1e-3, 3e-4),
          'fitted-distilled': (1e-3, 3e-4), 'fitted-unlabelled': (1e-3, 3e-4), 'both-unlabelled': (1e-3, 3e-4),

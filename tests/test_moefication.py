@@ -12,7 +12,7 @@ from tpa_nb.tasks import toy_sentences
 def script(experiment):
     "The script on a toy"
     return experiment('moefication', best_rate=lambda way: 1e-3, EPOCHS={'mrpc': 2},
-                      DEFAULTS=dict(experts=8, k=2, split='kmeans', r=32, times=1))
+                      DEFAULTS=dict(experts=8, k=2, split='kmeans', r=32, times=1, rows=2048))
 
 
 def test_methods_share_models_and_get_equal_steps(script, tmp_path):
