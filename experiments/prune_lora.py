@@ -24,13 +24,13 @@ from pathlib import Path
 
 import torch
 from fastcore.script import call_parse, store_true
-from shared import answers, choices, kept, need_data, setting, slice_of, steps_of
+from shared import answers, at_most, choices, kept, need_data, setting, slice_of, steps_of
 
 from tpa_nb.arch import Arch
 from tpa_nb.distill import distill
 from tpa_nb.dsee import add_dsee, merge_dsee
 from tpa_nb.importance import head_derivatives, ranking_stability, score_heads
-from tpa_nb.lora import add_lora, merge_lora
+from tpa_nb.lora import add_lora, budget_ranks, merge_lora
 from tpa_nb.masks import prune_adapted_heads
 from tpa_nb.methods import Outcome
 from tpa_nb.profile import count_flops, count_params
@@ -49,6 +49,9 @@ TEACHERS = {'warm-distill': 'lora', 'warm-self': 'self'}  # who teaches: a tuned
 WEIGHTS = (1, 5)  # weights of distillation that are tried
 TAUGHT = ('cola',)  # the tasks that these are chosen on, the cheapest one: a teacher has to be trained for each
 WARM_UP = 0.5
+LARGE, LARGE_EPOCHS = {'sst2': 4000, 'mnli': 4000}, 3  # sets with rows enough to tell procedures apart: rows to score
+ROWS = 9000  # training rows of these when procedures are tried
+AFTER = 'lr_after', 'scale', 'even'  # what is tried after pruning: a rate, the adapter's alpha / r, ranks that do not vary
 LONGER = 3  # times as many passes, in the stage 'longer'
 ALL = ('q', 'k', 'v', 'o', 'up', 'down')  # 'targets=all': adapters on the feed-forward layers as well
 
@@ -121,7 +124,8 @@ def recipe_of(cell):
     "What a cell asks for, as a `Recipe`"
     way, asked = cell.method.removeprefix('tune-'), choices(cell.setting)
     lr = asked.get('lr')
-    epochs = EPOCHS[cell.task] * asked.pop('times', 1)
+    few = cell.method == 'large'
+    epochs = LARGE_EPOCHS if few else EPOCHS[cell.task] * asked.pop('times', 1)
     common = dict(epochs=epochs, seed=cell.seed, mixed_precision='bf16')
     if way == 'full':
         return Recipe(method='full', full_lr=lr or best_rate('full'), **common)
@@ -129,10 +133,11 @@ def recipe_of(cell):
     common['train'] = ('norm', 'head', 'pooler') if asked.get('pooler', 1) else ('norm', 'head')
     if asked.pop('targets', '') == 'all':
         common['targets'] = ALL
-    if way == 'lora':
+    if way == 'lora' or (few and 'keep' not in asked):
         return Recipe(method='lora', **common)
-    if way == 'explore':
-        asked.pop('adapter', '')
+    if way in ('explore', 'large') and 'keep' in asked:
+        for name in ('adapter', *AFTER):
+            asked.pop(name, '')
         norm = {'normalize': None} if asked.pop('normalize', '') == 'none' else {}
         return Recipe(**{'warm_up': WARM_UP, **asked, **norm, **common})
     return Recipe(warm_up=0 if way.endswith('cold') else WARM_UP, keep=asked['keep'],
@@ -178,6 +183,23 @@ def prune_and_distill(arch, task, recipe, teacher, weight):
     return Outcome(merge_lora(arch), imp, ranking_stability(derivatives, recipe.normalize))
 
 
+def prune_and_adapt(arch, task, recipe, lr_after=None, scale=None, even=0):
+    "What the method 'prune-lora' does after its warm-up, with another adapter"
+    derivatives, imp = measured(arch, task, recipe)
+    gone = select_heads(imp, keep=recipe.keep) if recipe.keep < 72 else {}
+    blocks = score_heads(derivatives, None, minmax=False)
+    for row, heads in gone.items():
+        blocks[row, heads] = float('nan')
+    if gone:
+        prune_heads(arch, gone)
+    ranks = [recipe.r] * len(arch.attns) if even else budget_ranks(arch, blocks, recipe.r, targets=recipe.targets)
+    alpha = scale * max(ranks) if scale else recipe.lora_alpha
+    add_lora(arch, r=ranks, lora_alpha=alpha, targets=recipe.targets, train=recipe.train, seed=recipe.seed)
+    finetune(arch, task, recipe.epochs, lr_after or recipe.lr, recipe.batch_size, recipe.seed,
+             mixed_precision=recipe.mixed_precision)
+    return Outcome(merge_lora(arch), imp, ranking_stability(derivatives, recipe.normalize))
+
+
 def prune_and_keep(arch, task, recipe):
     "Prune-LoRA with one adapter that lives through the pruning, of the same rank in every layer"
     settings = dict(lr=recipe.lr, batch_size=recipe.batch_size, mixed_precision=recipe.mixed_precision)
@@ -195,8 +217,10 @@ def run(cell, data_dir, cache):
     torch.manual_seed(cell.seed)
     task = load_task(cell.task, data_dir=data_dir, partial=True)
     recipe, asked = recipe_of(cell), choices(cell.setting)
-    part = cell.method == 'explore' or cell.method.startswith('tune')
+    part = cell.method in ('explore', 'large') or cell.method.startswith('tune')
     task, cache = slice_of(task) if part else task, Path(cache) / ('part' if part else 'whole')
+    if cell.method == 'large':
+        task = replace(at_most(task, ROWS), validation=task.validation.select(range(LARGE[cell.task])))
     rest, teacher = recipe, TEACHERS.get(cell.method, asked.get('teacher'))
     keeps = 'kept' in (cell.method, asked.get('adapter'))
     if not keeps and recipe.method == 'prune-lora' and recipe.warm_up and recipe.iterative_steps == 1:
@@ -210,6 +234,8 @@ def run(cell, data_dir, cache):
         extra = {'teacher': teacher, 'weight': asked.get('weight') or best_weight(teacher),
                  'teacher_steps': steps_of(model) if teacher == 'lora' else 0}
         outcome = prune_and_distill(arch, task, rest, model, extra['weight'])
+    elif any(name in asked for name in AFTER):
+        outcome = prune_and_adapt(arch, task, rest, **{name: asked[name] for name in AFTER if name in asked})
     else:
         outcome = prune_and_keep(arch, task, rest) if keeps else recipe_methods[rest.method](arch, task, rest, False)
     return {**answers(outcome.arch, task), 'recipe': asdict(recipe), 'steps': steps_of(outcome.arch), **extra,
