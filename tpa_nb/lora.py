@@ -128,14 +128,17 @@ def _modules_to_save(arch, train):
 def lora_config(
     arch: Arch,                                     # The model
     r: int | Sequence[int] = 8,                     # One rank, or a rank for each attention
-    lora_alpha: float = 16,                         # $\alpha$ of the highest rank; others in proportion
+    lora_alpha: float = 16,                         # $\alpha$ of rank `alpha_rank`; others in proportion
     lora_dropout: float = 0.0,                      # Dropout on the adapters' input
     targets: Sequence[str] = ('q', 'k', 'v', 'o'),  # Adapted projections
     train: Sequence[str] = ('norm', 'head'),        # What trains beside them: 'norm', 'head', 'pooler'
+    alpha_rank: int | None = None,                  # The rank that `lora_alpha` belongs to; the highest if not given
 ) -> LoraConfig:
     "Make PEFT's configuration: exact ranks, one scale for all modules"
     if not isinstance(r, (int, Sequence)):
         raise ValueError(f"`r` must be a whole number or a list of them, got {r!r}")
+    if alpha_rank is not None:
+        _whole('alpha_rank', alpha_rank, 1)
     ranks = [r] * len(arch.attns) if isinstance(r, int) else list(r)
     pattern = rank_pattern(arch, ranks, targets)
     if not lora_alpha > 0 or not 0 <= lora_dropout < 1:
@@ -144,9 +147,10 @@ def lora_config(
     if not any(_sites(arch, targets)):
         raise ValueError(f"`targets` {tuple(targets)} are not there any more: the attentions have lost all heads")
     top = max(ranks)
+    scale = lora_alpha / (alpha_rank or top)
     others = {k: v for k, v in pattern.items() if v != top}
-    return LoraConfig(r=top, lora_alpha=lora_alpha, lora_dropout=lora_dropout, rank_pattern=others,
-                      alpha_pattern={k: lora_alpha * v / top for k, v in others.items()},
+    return LoraConfig(r=top, lora_alpha=scale * top, lora_dropout=lora_dropout, rank_pattern=others,
+                      alpha_pattern={k: scale * v for k, v in others.items()},
                       target_modules=[name for site in _sites(arch, targets) for name in site],
                       fan_in_fan_out=arch.attns[0].o.is_transposed, modules_to_save=_modules_to_save(arch, train))
 
@@ -168,7 +172,7 @@ def add_lora(
     r_low: int = 4,                                 # Rank of the other blocks
     top_blocks: int = 4,                            # How many blocks get `r_high`
     budget: int | None = None,                      # Proportional ranks with the parameters of this uniform rank
-    lora_alpha: float = 16,                         # $\alpha$ of the highest rank; others in proportion
+    lora_alpha: float = 16,                         # $\alpha$ of rank `budget`, else the highest; others in proportion
     lora_dropout: float = 0.0,                      # Dropout on the adapters' input
     targets: Sequence[str] = ('q', 'k', 'v', 'o'),  # Adapted projections
     train: Sequence[str] = ('norm', 'head'),        # What trains beside them: 'norm', 'head', 'pooler'
@@ -179,12 +183,12 @@ def add_lora(
         raise ValueError("`arch` carries an adapter already; call `merge_lora` first")
     arch.check_plain(packed=True)
     ranks = _choose_ranks(arch, imp, r, r_high, r_low, top_blocks, budget, targets)
-    config = lora_config(arch, ranks, lora_alpha, lora_dropout, targets, train)
+    config = lora_config(arch, ranks, lora_alpha, lora_dropout, targets, train, budget if imp is not None else None)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*is_gradient_checkpointing', FutureWarning)  # PEFT asks by its old name
         torch.manual_seed(seed)
         arch.model = get_peft_model(arch.model, config)
-    arch.history.append({'verb': 'add_lora', 'ranks': ranks, 'lora_alpha': lora_alpha, 'targets': list(targets),
+    arch.history.append({'verb': 'add_lora', 'ranks': ranks, 'lora_alpha': config.lora_alpha, 'targets': list(targets),
                          'train': list(train), 'trainable': n_trainable(arch)})
     return arch
 

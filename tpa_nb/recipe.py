@@ -46,7 +46,7 @@ class _Adapting(_Pruning):
     r_high: int = 8                      # Rank of the most important blocks, for 'top'
     r_low: int = 4                       # Rank of the other blocks, for 'top'
     top_blocks: int | None = None        # How many get `r_high`; by default a third (the paper: 4 of 12)
-    lora_alpha: float = 16               # LoRA's alpha at the highest rank
+    lora_alpha: float = 16               # LoRA's alpha at rank `r`, for 'top' at the highest
     targets: tuple[str, ...] = ('q', 'k', 'v', 'o')  # Adapted projections
     train: tuple[str, ...] = ('norm', 'head')        # What trains beside the adapters
     n_sparse: int = 16                   # 'dsee': entries of the sparse residual in each matrix
