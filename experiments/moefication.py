@@ -47,6 +47,10 @@ RATES = {'expert': (2e-3, 1e-3, 4e-3), 'fitted-expert': (3e-4, 1e-3), 'fitted-no
          'fitted-pooler': (1e-3, 3e-4), 'distilled-pooler': (1e-3, 3e-4),
          'fitted-distilled': (1e-3, 3e-4), 'fitted-unlabelled': (1e-3, 3e-4), 'both-unlabelled': (1e-3, 3e-4),
          'attention': (1e-3, 5e-4, 2e-3), 'full': (5e-5, 2e-5, 1e-4), 'head': (1e-3, 1e-2)}
+COACT, MANY = dict(split='coactivation'), dict(rows=8192)
+BESIDE = [('distilled-pooler', dict(times=3)), ('fitted-expert', dict(r=128)), ('fitted-expert', COACT), ('both', COACT),
+          *((way, {**MANY, **COACT}) for way in ('both', 'fitted', 'both-expert', 'fitted-distilled')),
+          ('both', MANY), ('fitted', MANY), ('both-expert', dict(lr=3e-4, **MANY, **COACT))]  # tried at 1e-3 otherwise
 TUNED = ('sst2', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
 ROUTERS = {'mlp': {}, 'paper': dict(contribution='activation', scale='batch'),  # settings of `fit_routers`
            'centroid': dict(router='centroid'), 'hash': dict(router='hash')}
@@ -76,9 +80,10 @@ SWEEPS = [
 
 
 def tuning_grid():
-    "Cells that try learning rates of the ways to recover"
+    "Cells that try learning rates of the ways to recover, and some other settings"
     return [Cell(task, f'tune-{way}', setting(lr=lr)) for way, rates in RATES.items() for lr, task in
-            product(rates, TUNED)]
+            product(rates, TUNED)] + [Cell(task, f'tune-{way}', setting(**{'lr': 1e-3, **change}))
+                                      for way, change in BESIDE for task in TUNED]
 
 
 def grid(tasks, seeds, methods=GRID):
