@@ -81,4 +81,6 @@ def test_every_way_that_trains_has_learning_rates(experiment):
     ways = {method.partition('+')[2] for method in (*script.GRID, *script.LONGER, *script.TRIED)} - {'', *script.UNTRAINED}
     named = {'distilled': 'expert', 'both-expert': 'fitted-expert'}
     assert {named.get(way, way) for way in ways} == set(script.RATES)
-    assert {c.method for c in script.tuning_grid()} == {f'tune-{way}' for way in script.RATES}
+    cells = script.tuning_grid()
+    assert {c.method for c in cells} == {f'tune-{way}' for way in (*script.RATES, *(way for way, _ in script.BESIDE))}
+    assert len({c.name for c in cells}) == len(cells)
