@@ -133,7 +133,8 @@ class CentroidRouter(nn.Module):
         return router
 
     def forward(self, x, ids=None, experts=None):
-        return -torch.cdist(F.normalize(x.float(), dim=-1), self.centroids.float())
+        with torch.autocast(x.device.type, enabled=False):
+            return -torch.cdist(F.normalize(x.float(), dim=-1), self.centroids.float())
 
 register_flops(CentroidRouter, lambda router, rows: 2 * rows * router.centroids.numel(), replace=True)
 
@@ -178,6 +179,14 @@ class HashRouter(nn.Module):
         return 1 - (circle % self.n_experts) / self.n_experts
 
 # %% ../nbs/22_router.ipynb #7b68db33
+def _full(weight):
+    "The precision to compute scores in: single or, for double weights, double"
+    return torch.promote_types(weight.dtype, torch.float32)
+
+class _FullLinear(nn.Linear):
+    "Computes in full precision whatever its weights are stored in: rounded scores tie, and choose by chance"
+    def forward(self, x): return F.linear(x, self.weight.to(_full(self.weight)))
+
 @register_router
 class MLPRouter(nn.Module):
     "Predicts the experts' contributions from the direction of the token (Zhang et al. 2022, section 3.3)"
@@ -193,8 +202,8 @@ class MLPRouter(nn.Module):
         for name, value in dict(d_model=d_model, n_experts=n_experts, width=width).items():
             _check_count(name, value)
         self.n_experts = n_experts
-        self.first = nn.Linear(d_model, width, bias=False)
-        self.second = nn.Linear(width, n_experts, bias=False)
+        self.first = _FullLinear(d_model, width, bias=False)
+        self.second = _FullLinear(width, n_experts, bias=False)
 
     @property
     def config(self) -> dict:
@@ -202,8 +211,8 @@ class MLPRouter(nn.Module):
         return {'d_model': d_model, 'n_experts': self.n_experts, 'width': width}
 
     def logits(self, x):
-        x = F.normalize(x.to(self.first.weight.dtype), dim=-1)
-        return self.second(torch.tanh(self.first(x)))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.second(torch.tanh(self.first(F.normalize(x.to(_full(self.first.weight)), dim=-1))))
 
     def forward(self, x, ids=None, experts=None): return self.logits(x).sigmoid()  # (N, E)
 
@@ -259,7 +268,7 @@ def _captured(scores, contributions, k):
 def _step(router, optimizer, x, contributions, scale):
     "One step of training"
     top = contributions.amax(1, keepdim=True) if scale == 'token' else contributions.max()
-    targets = (contributions / top.clamp_min(1e-30)).to(router.first.weight.dtype)
+    targets = (contributions / top.clamp_min(1e-30)).to(_full(router.first.weight))
     with torch.enable_grad():
         loss = F.binary_cross_entropy_with_logits(router.logits(x), targets)
     optimizer.zero_grad()
