@@ -23,17 +23,17 @@ from .save import StructureStep, register_step
 
 # %% ../nbs/19_ffn.ipynb #1b7d21f3
 class _Tap(nn.Module):
-    "Keeps its input for the core and hands on nothing"
-    def __init__(self, layer: nn.Module):
+    "Keeps its input for the core, if it is the one that the core asks, and hands on nothing"
+    def __init__(self, layer: nn.Module, keeps: bool):
         super().__init__()
-        self.conv1d, self.biased = isinstance(layer, Conv1D), layer.bias is not None
+        self.conv1d, self.biased, self.keeps = isinstance(layer, Conv1D), layer.bias is not None, keeps
         self.x = None
 
     def forward(self, x):
         if getattr(self, '_is_replica', False):
             raise RuntimeError("a model with replaced feed-forward layers cannot run in `nn.DataParallel`: start the "
                                "training with `torchrun` (DistributedDataParallel), or let it see one GPU only")
-        self.x = x
+        self.x = x if self.keeps else None
         return x[..., :0]
 
 class _Core(nn.Module):
@@ -153,11 +153,11 @@ def replace(
 def _install(ffn, module):
     "Put taps and core at the names of up, gate and down"
     _check_whole(ffn)
-    down, ids, of = ffn.down, ffn.neurons, ffn.d_ff_orig
-    taps = [_Tap(p.linear) for p in (ffn.up, ffn.gate) if p]
+    ups, down, ids, of = [p for p in (ffn.up, ffn.gate) if p], ffn.down, ffn.neurons, ffn.d_ff_orig
+    taps = [_Tap(p.linear, keeps=p is ups[0]) for p in ups]
     core = _Core(module, taps[0], _source_of(ffn))
     core._tpa_neurons, core._tpa_d_ff, core._biased = ids, of, down.bias is not None
-    for proj, new in zip(filter(None, (ffn.up, ffn.gate, down)), (*taps, core)):
+    for proj, new in zip((*ups, down), (*taps, core)):
         ffn.root.set_submodule(proj.name, new)
     return core
 

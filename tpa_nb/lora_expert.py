@@ -22,7 +22,7 @@ from .arch import Arch
 from .experts import Experts
 from .ffn import _act_name, _check_whole
 from .lora import _modules_to_save, _whole, n_trainable
-from .moe import MoE, _choose, moes, register_shared, shared_kinds
+from .moe import MoE, _choose, _made_up, moes, register_shared, shared_kinds
 from .profile import _check_count, _evaluating, _module_flops, register_flops
 from .router import _collect, _draw_batches, _hold_out
 from .tasks import Examples
@@ -89,9 +89,9 @@ _INITS = {'uniform': lambda r, d: (2 * torch.rand(r, d) - 1) / d ** 0.5, 'normal
 def _check_choices(r, lora_alpha, init):
     "Raise unless size, scale and start of an expert make sense"
     _whole('r', r, 1)
-    if not lora_alpha > 0 or init not in _INITS:
-        raise ValueError(f"`lora_alpha` must be above 0 and `init` one of {', '.join(map(repr, _INITS))}, got "
-                         f"{lora_alpha!r} and {init!r}")
+    if not 0 < lora_alpha < float('inf') or init not in _INITS:
+        raise ValueError(f"`lora_alpha` must be above 0, not infinite, and `init` one of "
+                         f"{', '.join(map(repr, _INITS))}, got {lora_alpha!r} and {init!r}")
 
 # %% ../nbs/23_lora_expert.ipynb #36e714b4
 @register_shared
@@ -146,8 +146,8 @@ def _check_expert(arch, r, lora_alpha, rows, train, init):
     "The feed-forward layers that get an expert, or a clear error"
     ffns = arch.ffns
     rows = list(range(len(ffns))) if rows is None else list(rows)
-    if not rows or set(rows) - set(range(len(ffns))):
-        raise ValueError(f"`rows` must be some of 0 to {len(ffns) - 1}, the feed-forward layers, got {rows}")
+    if not rows or set(rows) - set(range(len(ffns))) or len(set(rows)) < len(rows):
+        raise ValueError(f"`rows` must be different ones of 0 to {len(ffns) - 1}, the feed-forward layers, got {rows}")
     _modules_to_save(arch, train)
     _check_choices(r, lora_alpha, init)
     chosen = [ffns[row] for row in rows]
@@ -177,7 +177,8 @@ def _freeze_others(arch, mixtures, train):
         arch.model.requires_grad_(False)
         for name in _modules_to_save(arch, train) or ():
             arch.base.get_submodule(name).requires_grad_(True)
-    for moe in mixtures:
+    earlier = [m for m in moes(arch).values() if isinstance(m.shared, LoRAExpert)]
+    for moe in {id(m): m for m in (*earlier, *mixtures)}.values():
         moe.shared.requires_grad_(False)
         for name, p in moe.shared.named_parameters():
             p.requires_grad_(name.startswith('lora_'))
@@ -256,13 +257,10 @@ def _check_fitting(arch, rows, epochs, lr):
     whole = [arch.ffns[row].name for row in rows if there[row].is_dense]
     if whole:
         raise ValueError(f"{whole[0]} runs all of its neurons, so nothing is left out that an expert could learn")
-    taken = set()
-    for h in arch.history:  # what is split anew is whole again
-        taken = taken | set(h['rows']) if h['verb'] == 'compensate_routing' else taken
-        taken = taken - set(h['rows']) if h['verb'] in ('moefy', 'moebert') else taken
-    if taken & set(rows):
-        raise ValueError("after `compensate_routing` all experts together are no longer the dense layer that an expert "
-                         "could learn from; fit it before")
+    taken = {row: verb for row, verb in _made_up(arch).items() if row in rows}
+    if taken:
+        raise ValueError(f"after `{[*taken.values()][0]}` all experts together, with what was folded in, are no longer "
+                         "the dense layer that an expert could learn from; fit one before that, or train by labels")
     by_sentence = [arch.ffns[row].name for row in rows if getattr(there[row].router, 'by_sentence', False)]
     if by_sentence:
         raise ValueError(f"{by_sentence[0]} is routed by the sentence, and the expert is fitted token by token; train "

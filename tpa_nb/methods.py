@@ -367,9 +367,11 @@ for _name, _run, _check in (('full', _full, None), ('lora', _lora, None),
 
 # %% ../nbs/36_methods.ipynb #9f49b18c
 _BUDGETS = ('neuron_ratio', 'flops_ratio', 'latency_ratio', 'max_drop', 'compensate')
-_UNUSED = {'dsee': _BUDGETS, 'moefy': ('keep', 'iterative_steps', *_BUDGETS),
-           'moebert': ('keep', 'iterative_steps', *_BUDGETS), 'prune': ('distill_weight',), 'none': ('distill_weight',),
-           'route': ('keep', 'iterative_steps', *_BUDGETS[:-1], 'distill_weight', 'relu', 'fit_expert')}
+_HEADS, _MOEBERT = ('keep', 'iterative_steps'), ('expert_size', 'shared')
+_UNUSED = {'dsee': _BUDGETS, 'moefy': (*_HEADS, *_MOEBERT, *_BUDGETS),
+           'moebert': (*_HEADS, 'k', 'split', 'dynamic', 'expert_r', 'fit_expert', 'relu', *_BUDGETS),
+           'prune': ('distill_weight',), 'none': ('distill_weight',),
+           'route': (*_HEADS, *_MOEBERT, *_BUDGETS[:-1], 'distill_weight', 'relu', 'fit_expert')}
 
 def _check_unused(recipe):
     "Raise if the recipe asks for what its method does not do"

@@ -24,9 +24,9 @@ from .arch import FFN, Arch, _check_arch
 from .experts import Experts, _members
 from .ffn import _act_name, _check_whole
 from .importance import _as_batches, _check_training, model_inputs, neuron_importance
-from .profile import _evaluating, _module_flops, register_flops
+from .profile import _check_count, _evaluating, _module_flops, register_flops
 from .save import StructureStep, _is_known, register_step
-from .split import _n_experts, _real_tokens, coactivation, split_neurons
+from .split import _METHODS, _n_experts, _real_tokens, coactivation, split_neurons
 from .tasks import Examples
 
 # %% ../nbs/21_moe.ipynb #1b22ba5f
@@ -176,7 +176,7 @@ def _check_kind(cls, known):
 
 def register_router(
     cls: type,                     # Has `kind`, and `config`: `cls(**config)` has the same parameters and buffers
-    fit: Callable | None = None,   # `fit(arch, calibration, seed=0, **settings)` gives the mixtures their routers
+    fit: Callable | None = None,   # `fit(arch, calibration, rows, seed=0, **settings)` gives mixtures their routers
 ) -> type:                         # The same class
     "Make a kind of router known to `moefy` and `load_model`"
     _check_kind(cls, router_kinds)
@@ -295,6 +295,8 @@ def _check_kinds(ffns, split, router):
     if isinstance(router, str) and not _fits.get(router):
         known = ', '.join(map(repr, (kind for kind, fit in _fits.items() if fit)))
         raise ValueError(f"`router` must be one of {known}, None, or a module for each row, got {router!r}")
+    if isinstance(split, str) and split not in _METHODS:
+        raise ValueError(f"`split` must be one of {', '.join(map(repr, _METHODS))}, or labels by row, got {split!r}")
     rows = {ffn.row for ffn in ffns}
     for name, value in (('split', split), ('router', router)):
         if isinstance(value, Mapping) and set(value) != rows or not isinstance(value, (str, Mapping, type(None))):
@@ -338,6 +340,7 @@ def moefy(
 ) -> Arch:                                  # The same handle
     "Turn feed-forward layers into mixtures of experts (MoEfication, Zhang et al. 2022)"
     ffns = _layers_to_change(arch, rows)
+    _check_count('n_experts', n_experts)
     _check_choice(k, threshold, n_experts)
     _check_kinds(ffns, split, router)
     _check_threshold(router_kinds[router] if isinstance(router, str) else None, threshold)
@@ -351,7 +354,7 @@ def moefy(
             ffn.replace(moe)
         arch.history.append(_record(ffns, new, n_experts, split, router, seed))
         if isinstance(router, str):
-            _fits[router](arch, calibration, seed=seed, **settings)
+            _fits[router](arch, calibration, rows=[ffn.row for ffn in ffns], seed=seed, **settings)
     except BaseException:
         _put_back(arch, sites, n_history)
         raise
@@ -405,6 +408,22 @@ def _flatten(ffn, moe):
         ffn.add_neurons(**{**own, 'down': own['down'].T})
 
 # %% ../nbs/21_moe.ipynb #ca918b34
+def _made_up(arch):
+    "Rows where what runs, or neurons that were folded in, make up for experts that do not; the verb that did so"
+    fitted, found = set(), {}
+    for h in arch.history:
+        rows = h.get('rows') or ()
+        if h['verb'] in ('moefy', 'moebert', 'unmoefy'):
+            fitted -= set(rows)
+            found = {row: verb for row, verb in found.items() if row not in rows}
+        elif h['verb'] == 'fit_lora_expert':
+            fitted |= set(rows)
+        elif h['verb'] == 'fold_lora_expert':
+            found |= {row: 'fit_lora_expert' for row in rows if row in fitted}
+        elif h['verb'] == 'compensate_routing':
+            found |= dict.fromkeys(rows, 'compensate_routing')
+    return found
+
 def unmoefy(
     arch: Arch,                         # The model, changed in place
     rows: Iterable[int] | None = None,  # Which of `arch.ffns`; all mixtures if not given
@@ -418,9 +437,9 @@ def unmoefy(
         _check_plain(arch.ffns[row], there[row])
     for row in rows:
         _flatten(arch.ffns[row], there[row])
-    if any(set(rows) & set(h['rows']) for h in arch.history if h['verb'] == 'compensate_routing'):
-        warnings.warn("`compensate_routing` made up for the experts that did not run; now that all run, what they add "
-                      "counts twice", stacklevel=2)
+    if set(rows) & set(_made_up(arch)):
+        warnings.warn("`compensate_routing` or `fit_lora_expert` made up for experts that did not run; now that all "
+                      "run, what they add counts twice", stacklevel=2)
     arch.history.append({'verb': 'unmoefy', 'rows': rows})
     return arch
 

@@ -470,21 +470,26 @@ def _warn_if_compensated(arch):
         warnings.warn("`compensate_routing` made up for the experts that did not run; others run from now on, so call "
                       "it afterwards", stacklevel=3)
 
-def _check_fit(arch, router, rows, settings):
+def _check_fit(arch, router, contribution, rows, live, settings):
     "Rows of the mixtures that are to get a router, settings of the router and of its training; or a clear error"
     there = moes(arch)
     if not there:
         raise ValueError("`arch` has no mixture of experts; `moefy(arch, ...)` makes them")
     if router not in _MAKERS:
         raise ValueError(f"`router` must be one of {', '.join(map(repr, _MAKERS))}, got {router!r}")
+    if contribution not in _KINDS:
+        raise ValueError(f"`contribution` must be one of {', '.join(map(repr, _KINDS))}, got {contribution!r}")
+    if live and router == 'hash':
+        raise ValueError("`live` means nothing to the router 'hash', whose table does not depend on other layers")
     own = list(inspect.signature(_MAKERS[router]).parameters)[4:]
     learning = _LEARNING if router == 'mlp' else ()
     wrong = [name for name in settings if name not in (*own, *learning)]
     if wrong:
         raise TypeError(f"the router {router!r} has no setting {wrong[0]!r}; it has {[*own, *learning]}")
-    rows = list(there) if rows is None else list(rows)
+    there = [row for row, m in there.items() if m.n_experts > 1]  # a dense layer beside a LoRA expert is none
+    rows = there if rows is None else list(rows)
     if not rows or set(rows) - set(there):
-        raise ValueError(f"`rows` must be some of {list(there)}, where the mixtures are, got {rows}")
+        raise ValueError(f"`rows` must be some of {there}, where the mixtures are, got {rows}")
     return rows, {n: v for n, v in settings.items() if n in own}, {n: v for n, v in settings.items() if n in learning}
 
 # %% ../nbs/22_router.ipynb #3be35d25
@@ -502,7 +507,7 @@ def fit_routers(
     **settings,                        # 'width', 'epochs', 'lr', 'scale' (mlp); 'balanced' (hash)
 ) -> pd.DataFrame:                     # A row per mixture
     "Give every mixture a router that fits its experts, and say how much it catches"
-    rows, own, learning = _check_fit(arch, router, rows, settings)
+    rows, own, learning = _check_fit(arch, router, contribution, rows, live, settings)
     batches = _draw_batches(arch, data, max_tokens, batch_size, seed)
     own = {**own, 'contribution': contribution} if router == 'oracle' else own
     ffns, mixtures, found = arch.ffns, moes(arch), {}
@@ -512,6 +517,8 @@ def fit_routers(
         with _routed(mixtures, {r: new for r, (new, _) in found.items()} if live else {}):
             found[row] = _fit_one(arch, ffns[row], batches, make, contribution, max_tokens, seed, learning)
     _warn_if_compensated(arch)
+    for row, (new, _) in found.items():
+        _check_threshold(new, mixtures[row].threshold if mixtures[row].mean_k is None else None)
     for row, (new, _) in found.items():
         set_router(ffns[row], new)
     report = pd.DataFrame([line for _, line in found.values()])
@@ -526,8 +533,7 @@ def _means(report):
 # %% ../nbs/22_router.ipynb #416732cf
 def _fit_by_name(router):
     "What `moefy(..., router=name)` calls"
-    def fit(arch, calibration, **settings):
-        rows = [row for row, m in moes(arch).items() if m.router is None]
+    def fit(arch, calibration, rows, **settings):
         if calibration is None:
             raise ValueError(f"`calibration` is missing: the router {router!r} is fitted on training examples, "
                              "`task.calibration(512)`, and measured on some of them")
@@ -575,6 +581,9 @@ def _live_scores(arch, batches):
         for hook in hooks:
             hook.remove()
     scores = {row: torch.cat(parts) for row, parts in found.items()}
+    for row, s in scores.items():
+        if not s.isfinite().all():
+            raise ValueError(f"the router of {ffns[row].name} gives scores that are not finite; check the weights")
     return {row: s / s.amax(1, keepdim=True).clamp_min(1e-30) for row, s in scores.items()}
 
 def _threshold(shares, k, sizes):
@@ -654,6 +663,9 @@ def relufy(
     biased = [f for f in changed if data is not None and f.down.bias is not None]
     batches = _draw_batches(arch, data, max_tokens, 32, seed) if data is not None else []
     lost = [_lost(f, _collect(arch, f, batches, max_tokens, seed)[0]) for f in biased]
+    for ffn, vector in zip(biased, lost):
+        if not vector.isfinite().all():
+            raise ValueError(f"{ffn.name} gives values that are not finite; check the weights for NaN")
     for ffn in changed:
         ffn.set_act('relu')
     for ffn, vector in zip(biased, lost):

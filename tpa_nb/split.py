@@ -193,6 +193,8 @@ def _cut_graph(weights, n, seed=0):
                  weights.diagonal())
 
 # %% ../nbs/18_split.ipynb #6846d087
+_METHODS = 'kmeans', 'coactivation', 'importance', 'random'
+
 def _by_importance(scores, n):
     "Deal neurons out: the best to expert 0, the next to expert 1, ..., round after round"
     labels = torch.empty(len(scores), dtype=torch.long)
@@ -227,4 +229,4 @@ def split_neurons(
         return _by_importance(_measured(importance, (len(x),), 'importance', method), n)
     if method == 'random':
         return torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)) % n
-    raise ValueError(f"`method` must be 'kmeans', 'coactivation', 'importance' or 'random', got {method!r}")
+    raise ValueError(f"`method` must be one of {', '.join(map(repr, _METHODS))}, got {method!r}")
