@@ -2,6 +2,7 @@
 
     python experiments/prune_lora.py --data_dir DATA --stage tune --jobs 2
     python experiments/prune_lora.py --data_dir DATA --stage explore --jobs 2
+    python experiments/prune_lora.py --data_dir DATA --stage large --jobs 2
     python experiments/prune_lora.py --data_dir DATA --jobs 2 --minutes 60
     python experiments/prune_lora.py --data_dir DATA --stage longer --jobs 2
     python experiments/prune_lora.py --data_dir DATA --stage tune-distill --jobs 2
@@ -9,11 +10,11 @@
 
 The first command tries learning rates on a slice of the training rows, the second procedures of pruning on the same
 slice (in its method 'kept' one adapter lives through the pruning, where others merge it and begin a second one; that
-one on all rows too), the third runs the grid with the best rates, the fourth gives every method three times as many
-passes, at the same rates. The last two do the same as the third for pruned models that
-learn from a teacher as well, in as many steps: 'warm-distill' from a tuned LoRA model of the same task and seed,
-whose own steps come on top and are noted with the result, 'warm-self' from the model as it was before pruning, which
-has had the warm-up only. Each cell leaves a file in experiments/results/prune_lora; what is there is not run again.
+one on all rows too), the third some of them where there are rows enough to tell them apart, the fourth runs the grid
+with the best rates, the fifth gives every method three times as many passes, at the same rates. The last two do the
+same as the fourth for pruned models that learn from a teacher as well, in as many steps: 'warm-distill' from a tuned
+LoRA model of the same task and seed, whose own steps come on top and are noted with the result, 'warm-self' from the
+model as it was before pruning, which has had the warm-up only. Each cell leaves a file in experiments/results/prune_lora; what is there is not run again.
 `--shard i/n` divides the cells between machines, `--minutes` fits them into the time there is.
 nbs/results/prune_lora.ipynb draws what exists.
 """
@@ -79,6 +80,13 @@ def exploring_grid(seeds):
             for seed, keep, way, task in product(seeds, (24, 36), ways, TUNED)] + [
         Cell(task, 'explore', setting(keep=72), seed) for seed, task in product(seeds, TUNED)] + [
         Cell('cola', 'kept', setting(keep=36), seed) for seed in seeds]
+
+
+def large_grid():
+    "Cells that try procedures where there are rows enough to tell them apart; '' is LoRA"
+    ways = ['', 'keep=36', 'keep=36,scale=2', 'keep=72', 'keep=36,lr_after=5e-04,scale=2', 'keep=36,even=1',
+            'keep=36,warm_up=2e-01,scale=2']
+    return [Cell(task, 'large', way) for way, task in product(ways, LARGE)]
 
 
 def distill_tuning_grid():
@@ -251,7 +259,7 @@ def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tasks: str = 'mrpc,rte,cola',        # Tasks, with commas
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'tune', 'explore', 'grid', 'longer'; with a teacher 'tune-distill', 'distill'
+    stage: str = 'grid',                 # 'tune', 'explore', 'large', 'grid', 'longer', 'tune-distill', 'distill'
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
@@ -262,7 +270,7 @@ def main(
     need_data('prune_lora', data_dir, dry_run)
     names = tasks.split(',')
     cells = {'tune': tuning_grid, 'explore': lambda: exploring_grid(range(seeds)),
-             'longer': lambda: longer_grid(names, range(seeds)),
+             'longer': lambda: longer_grid(names, range(seeds)), 'large': large_grid,
              'grid': lambda: grid(names, range(seeds)), 'tune-distill': distill_tuning_grid,
              'distill': lambda: distill_grid(names, range(seeds))}[stage]()
     run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,

@@ -101,8 +101,8 @@ def _recipe(recipe, no_train):
     "The recipe that a command's arguments ask for"
     method = recipe.get('method', Recipe.method)
     if no_train and method not in _WITHOUT:
-        raise ValueError(f"`no_train` prunes or routes a model that was fine-tuned before and trains nothing; `method` "
-                         f"{method!r} trains, give 'prune' or 'route'")
+        raise ValueError(f"`no_train` prunes or routes a model that was fine-tuned before and trains nothing; give "
+                         f"`method` 'prune' or 'route', not {method!r}")
     return Recipe(**{**recipe, 'method': _WITHOUT[method] if no_train else method})
 
 _WITHOUT = {'prune-lora': 'prune', 'prune': 'prune', 'moefy': 'route', 'route': 'route'}  # without training
@@ -174,15 +174,32 @@ def _scores(model, task, warm_up_epochs, calibration, normalize, seed):
             'majority': task.majority, 'task': task.provenance, 'provenance': dict(provenance())}
 
 # %% ../nbs/41_cli.ipynb #876e3668
+def _check_importance(warm_up, calibration, normalize, seed, folder):
+    "Raise before anything is measured unless the numbers of `tpa_importance` make sense"
+    for name, value, least in (('warm_up', warm_up or 0, 0), ('calibration', calibration, 2), ('seed', seed, 0)):
+        if not value >= least:
+            raise ValueError(f'`{name}` must be {least} or more, got {value!r}')
+    if normalize not in ('layer', 'model', 'none'):
+        raise ValueError(f"`normalize` must be 'layer', 'model' or 'none', got {normalize!r}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`output_dir` {str(folder)!r} is a file; give a folder")
+
+# %% ../nbs/41_cli.ipynb #3166b3d9
 def _importance_file(path, asked, measure):
     "The content of `path`, measured unless it is there from the same question"
     from tpa_nb.profile import _write_json
     if path.exists():
-        found = json.loads(path.read_text())
-        if found['asked'] != asked:
+        try:
+            found = json.loads(path.read_text())
+            same = found['asked'] == json.loads(json.dumps(asked))
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f'{path} is not what this command writes ({type(e).__name__}: {e}); give another '
+                             '`output_dir`') from e
+        if not same:
             raise ValueError(f"`output_dir` {str(path.parent)!r} holds {path.name} of another run; give another folder")
         return found
     found = {'asked': asked, **measure()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     _write_json(path, found)
     return found
 
@@ -228,10 +245,10 @@ def tpa_importance(
         asked = dict(model=str(model), warm_up=warm_up, calibration=calibration, normalize=normalize, seed=seed)
         tasks = [_task(t, given) for t in _words(task) or ('none',)]
         folder, found = Path(output_dir), {}
-        folder.mkdir(parents=True, exist_ok=True)
+        _check_importance(warm_up, calibration, normalize, seed, folder)
         for t in tasks:
             norm = None if normalize == 'none' else normalize
-            found[t.name] = _importance_file(folder / f'{t.name}.json', {**asked, 'source': t.source},
+            found[t.name] = _importance_file(folder / f'{t.name}.json', {**asked, 'data': t.provenance},
                                              lambda: _scores(model, t, warm_up, calibration, norm, seed))
             _say_importance(t.name, found[t.name])
         _draw_importance(found, folder)
@@ -247,13 +264,17 @@ def _profile_of(model, device, batch_size, seq_len, repeats, training, dtype):
     from tpa_nb.save import open_model
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f"`dtype` must be 'float32', 'bfloat16' or 'float16', got {dtype!r}")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"`device` {device!r} cannot be used here: {str(e).partition(chr(10))[0]}") from e
     arch = open_model(model)
     arch.model.to(device=device or arch.device, dtype=getattr(torch, dtype))
     memory = {step: memory_use(arch, batch_size, seq_len, step == 'training')
               for step in ('inference', *(['training'] if training else []))}
     return arch, profile_model(arch, batch_size=batch_size, seq_len=seq_len, repeats=repeats), {
         'flops': flops_by_part(arch, batch_size, seq_len), 'memory': memory,
-        'operators': op_times(arch, batch_size, seq_len, training)}
+        'operators': {step: op_times(arch, batch_size, seq_len, step == 'training') for step in memory}}
 
 # %% ../nbs/41_cli.ipynb #441b1ee9
 def _say_profile(arch, profile, parts):
@@ -266,7 +287,8 @@ def _say_profile(arch, profile, parts):
         held = [('weights', use.weights), ('gradients', use.gradients), ('optimiser', use.optimiser),
                 ('activations', use.activations), ('peak', use.peak)]
         print(f'{step:12} ' + ', '.join(f'{name} {mb(n)}' for name, n in held if n))
-    print('time goes to ' + ', '.join(f"{name} {row['share']:.0%}" for name, row in parts['operators'].iterrows()))
+    for step, table in parts['operators'].items():
+        print(f'{step} time goes to ' + ', '.join(f"{name} {row['share']:.0%}" for name, row in table.iterrows()))
 
 # %% ../nbs/41_cli.ipynb #08580814
 @call_parse
@@ -284,6 +306,8 @@ def tpa_profile(
     with one_line_errors('tpa_profile'):
         import torch
         found = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        if output and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
+            raise ValueError(f"`output` must be a file in a folder that there is, got {output!r}")
         arch, profile, parts = _profile_of(model, found, batch_size, seq_len, repeats, training, dtype)
         _say_profile(arch, profile, parts)
         if output:
@@ -291,7 +315,8 @@ def tpa_profile(
             _write_json(Path(output), {
                 'model': str(model), 'profile': profile.as_dict(), 'flops': parts['flops'],
                 'memory': {k: v.as_dict() for k, v in parts['memory'].items()},
-                'operators': parts['operators'].to_dict('index'), 'provenance': dict(provenance())})
+                'operators': {k: v.to_dict('index') for k, v in parts['operators'].items()},
+                'provenance': dict(provenance())})
             print(f'numbers      {output}')
 
 # %% ../nbs/41_cli.ipynb #a95a801b

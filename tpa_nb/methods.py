@@ -83,10 +83,11 @@ class _Measure:
     def __init__(self, task, recipe, progress):
         self.task, self.recipe, self.progress = task, recipe, progress
         self.draw, self.derivatives, self.scores, self.part = _draw(recipe), None, None, 0
+        self.shares = recipe.iterative_steps if recipe.max_drop is None else 1  # a score that is watched must not rise
 
     def __call__(self, arch):
-        recipe, epochs = self.recipe, self.recipe.epochs * self.recipe.warm_up / self.recipe.iterative_steps
-        if epochs:
+        recipe, epochs = self.recipe, self.recipe.epochs * self.recipe.warm_up / self.shares
+        if epochs and self.part < self.shares:
             warm_up(arch, self.task, epochs, recipe.r, recipe.lr, recipe.batch_size, recipe.seed + 1000 * self.part,
                     recipe.train, recipe.targets, recipe.lora_alpha, mixed_precision=recipe.mixed_precision,
                     progress=self.progress)

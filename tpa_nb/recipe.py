@@ -29,7 +29,7 @@ class _Pruning:
     normalize: str | None = 'layer'      # Scores: L2 norm per 'layer', over the 'model', or None
     iterative_steps: int = 1             # Shares in which heads or, by `weight_ratio`, weights go; measured before each
     compensate: str = 'auto'             # What is left takes over: 'neurons', 'all' (heads too), 'no'; 'auto' by method
-    max_drop: float | None = None        # Stop pruning when the score falls by more, on held-out training rows
+    max_drop: float | None = None        # Stop between shares when the score falls by more, on training rows
     holdout: float = 0.1                 # Share of the training rows for that
     warm_up: float = 0.5                 # Share of all steps before importance is measured; 0 for none
     calibration: int = 512               # Training examples on which importance is measured
@@ -125,6 +125,7 @@ def _check_recipe(recipe):
     _check_numbers(recipe)
     _check_budget(recipe)
 
+# %% ../nbs/34_recipe.ipynb #443ced3b
 def _check_numbers(recipe):
     "Raise unless every number is within its limits"
     if not (0 <= (recipe.distill_weight or 0) < math.inf and 0 < recipe.temperature < math.inf):
@@ -143,6 +144,10 @@ def _check_numbers(recipe):
             raise ValueError(f"`{name}` must be above 0, got {value!r}")
     if recipe.max_drop is not None and not recipe.max_drop >= 0:
         raise ValueError(f"`max_drop` must be 0 or more, got {recipe.max_drop!r}")
+    if recipe.max_drop is not None and (recipe.iterative_steps < 2 or not recipe.holdout):
+        raise ValueError("`max_drop` watches the score on a share `holdout` of the training rows, and stops between "
+                         f"shares of heads: give `iterative_steps` of 2 or more and a `holdout` above 0, got "
+                         f"{recipe.iterative_steps} and {recipe.holdout}")
     for name in ('warm_up', 'pruning_ratio', 'neuron_ratio', 'weight_ratio', 'holdout'):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"`{name}` must be in [0, 1), got {getattr(recipe, name)!r}")

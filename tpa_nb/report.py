@@ -388,7 +388,8 @@ def _prune(e) -> str:
     where = '; '.join(f"attention {row}: {' '.join(map(str, removed[row]))}" for row in sorted(removed))
     left = f", {sum(e['kept']):,} are left" if 'kept' in e else ''
     total = f"{_count(sum(map(len, removed.values())), 'head')} in {_count(len(removed), 'attention')}"
-    score = f"; score on held-out training rows {e['score']:.3f}, {e['unpruned']:.3f} before" if 'score' in e else ''
+    score = (f"; score on a slice of the training rows {e['score']:.3f}, {e['unpruned']:.3f} before"
+             if 'score' in e else '')
     return f"Removed {total if removed else 'heads'}{left}{f' ({where})' if where else ''}{score}."
 
 def _prune_neurons(e) -> str:
@@ -409,7 +410,7 @@ def _unknown(e) -> str:
     return f"{e['verb'].replace('_', ' ').capitalize()}{': ' if values else ''}{', '.join(values)}."
 
 def _stop(e) -> str:
-    fell = (f" the score on held-out training rows fell from {e['unpruned']:.3f} to {e['score']:.3f}"
+    fell = (f" the score on a slice of the training rows fell from {e['unpruned']:.3f} to {e['score']:.3f}"
             if 'score' in e else '')
     most = f", more than {e['max_drop']:g}" if 'max_drop' in e else ''
     return f"Stopped pruning and took the last share of heads back:{fell or ' the score fell'}{most}."

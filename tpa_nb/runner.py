@@ -65,7 +65,19 @@ def read_cells(
     folder: str | Path,  # Where the files are
 ) -> list[dict]:         # 'task', 'method', 'setting', 'seed', 'result', 'seconds', 'provenance'
     "Read all cells of a folder, sorted by name"
-    return [json.loads(p.read_text()) for p in sorted(Path(folder).glob('*.json'))]
+    return [_read(p) for p in sorted(Path(folder).glob('*.json'))]
+
+def _read(path):
+    "The cell in the file `path`"
+    try:
+        found = json.loads(path.read_text())
+        Cell(*(found[name] for name in ('task', 'method', 'setting', 'seed')))
+        if not isinstance(found['result'], dict):
+            raise TypeError('its result is no dict')
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is no file of a cell ({type(e).__name__}: {e}); delete it, and the cell runs "
+                         "again") from e
+    return found
 
 # %% ../nbs/42_runner.ipynb #73d6e0ba
 def _shard(cells, shard):
@@ -92,11 +104,13 @@ def _run_cell(run, cell, folder):
     began = time.perf_counter()
     try:
         result = run(cell)
-    except Exception:
+        if not isinstance(result, dict):
+            raise TypeError(f'`run` must give a dict of what was found, got {result!r}')
+        seconds = round(time.perf_counter() - began, 1)
+        where = {**provenance(), 'threads': torch.get_num_threads()}
+        _write_json(_path(folder, cell), {**asdict(cell), 'result': result, 'seconds': seconds, 'provenance': where})
+    except (Exception, SystemExit):
         return cell, None, traceback.format_exc()
-    seconds = round(time.perf_counter() - began, 1)
-    where = {**provenance(), 'threads': torch.get_num_threads()}
-    _write_json(_path(folder, cell), {**asdict(cell), 'result': result, 'seconds': seconds, 'provenance': where})
     return cell, result, seconds
 
 # %% ../nbs/42_runner.ipynb #6cba1a45
@@ -145,7 +159,8 @@ def _drain(todo, run, folder, deadline, jobs, threads, known, progress):
         while todo or running:
             while todo and len(running) < jobs:
                 cell = todo.pop(0)
-                if time.monotonic() + _expected(cell, known) < deadline:
+                free = not _path(folder, cell).exists()  # another call may have run it meanwhile
+                if free and time.monotonic() + _expected(cell, known) < deadline:
                     running.add(pool.submit(_run_cell, run, cell, folder))
             if not running:
                 break
@@ -202,15 +217,15 @@ def best_setting(
     stage: str = 'tune',      # The script's stage that tries them
 ) -> str:                     # One of `settings`
     "Name the setting with the best mean score over `tasks`"
-    done = {(c['task'], c['setting']): c['result'] for c in cells if c['method'] == method}
-    mean = {}
+    done, mean = {}, {}
+    for c in filter(lambda c: c['method'] == method, cells):
+        done.setdefault((c['task'], c['setting']), []).append(c['result'][c['result']['metric']])
     for setting in settings:
         missing = [task for task in tasks if (task, setting) not in done]
         if missing:
             raise ValueError(f"{method} with {setting} has not been tried on {', '.join(missing)}; run --stage {stage} "
                              "first")
-        found = [done[task, setting] for task in tasks]
-        mean[setting] = sum(r[r['metric']] for r in found) / len(found)
+        mean[setting] = np.mean([np.mean(done[task, setting]) for task in tasks])
     return max(mean, key=mean.get)
 
 # %% ../nbs/42_runner.ipynb #55e9ba93
@@ -249,14 +264,30 @@ class Difference:
 # %% ../nbs/42_runner.ipynb #877efdfc
 def _matched(*methods):
     "By task: labels (N,), answers of each method (methods, seeds, N) where all were run, and the score"
-    found = [{(c['task'], c['seed']): c['result'] for c in cells} for cells in methods]
-    groups = {}
+    found, groups = [_by_run(cells) for cells in methods], {}
     for task, seed in found[0]:
         if all((task, seed) in f for f in found):
             groups.setdefault(task, []).append([f[task, seed] for f in found])
     def digits(found): return np.array([int(x) for x in found] if isinstance(found, str) else found)
     return {task: (digits(runs[0][0]['labels']), np.stack([[digits(r['answers']) for r in run] for run in runs], 1),
                    _SCORES[runs[0][0]['metric']]) for task, runs in groups.items()}
+
+# %% ../nbs/42_runner.ipynb #ce546e50
+def _by_run(cells):
+    "Results of a method by task and seed, of which there is one each"
+    found, labels = {}, {}
+    for c in cells:
+        task, seed, result, method = c['task'], c['seed'], c['result'], c.get('method', 'one method')
+        if (task, seed) in found:
+            raise ValueError(f"there are two cells of {method!r} on {task}, seed {seed} (one with the setting "
+                             f"{c.get('setting', '')!r}): choose one setting to compare")
+        if result['metric'] not in _SCORES:
+            raise ValueError(f"cells are compared by {', '.join(_SCORES)}, those of {method!r} on {task} have "
+                             f"{result['metric']!r}")
+        if labels.setdefault(task, result['labels']) != result['labels']:
+            raise ValueError(f'cells of {method!r} on {task} have different labels, so they answer different rows')
+        found[task, seed] = result
+    return found
 
 def _again(draw, n):
     "n of n, with replacement"
