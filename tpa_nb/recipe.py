@@ -144,7 +144,8 @@ def _check_numbers(recipe):
             raise ValueError(f"`{name}` must be above 0, got {value!r}")
     if recipe.max_drop is not None and not recipe.max_drop >= 0:
         raise ValueError(f"`max_drop` must be 0 or more, got {recipe.max_drop!r}")
-    if recipe.max_drop is not None and (recipe.iterative_steps < 2 or not recipe.holdout):
+    watches = recipe.max_drop is not None and recipe.method in ('prune', 'prune-lora')
+    if watches and (recipe.iterative_steps < 2 or not recipe.holdout):
         raise ValueError("`max_drop` watches the score on a share `holdout` of the training rows, and stops between "
                          f"shares of heads: give `iterative_steps` of 2 or more and a `holdout` above 0, got "
                          f"{recipe.iterative_steps} and {recipe.holdout}")
