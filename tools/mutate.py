@@ -59,7 +59,7 @@ MUTANTS = (
            'self.down.keep_in(index)', 'self.down.keep_in(index.flip(0))'),
     Mutant('removed and kept heads confused', '04_prune', 'if h not in set(heads)]', 'if h in set(heads)]'),
     Mutant('scale forgotten where the rank differs', '05_lora',
-           'lora_alpha * v / top for k, v', 'lora_alpha for k, v'),
+           'scale * v for k, v', 'lora_alpha for k, v'),
     Mutant('block 1 taken for block 10', '05_lora', "f'^{re.escape(name)}'",
            "'.*' + re.escape(name.split('.attention')[0]) + '.*'"),
     Mutant('adapter thrown away instead of merged', '05_lora', 'merge_and_unload(', 'unload('),
