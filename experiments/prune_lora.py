@@ -14,8 +14,8 @@ one on all rows too), the third some of them where there are rows enough to tell
 with the best rates, the fifth gives every method three times as many passes, at the same rates. The last two do the
 same as the fourth for pruned models that learn from a teacher as well, in as many steps: 'warm-distill' from a tuned
 LoRA model of the same task and seed, whose own steps come on top and are noted with the result, 'warm-self' from the
-model as it was before pruning, which has had the warm-up only. Each cell leaves a file in experiments/results/prune_lora; what is there is not run again.
-`--shard i/n` divides the cells between machines, `--minutes` fits them into the time there is.
+model as it was before pruning, which has had the warm-up only. Each cell leaves a file in
+experiments/results/prune_lora; what is there is not run again. `--shard i/n` divides the cells between machines, `--minutes` fits them into the time there is.
 nbs/results/prune_lora.ipynb draws what exists.
 """
 from dataclasses import asdict, replace
@@ -50,9 +50,9 @@ TEACHERS = {'warm-distill': 'lora', 'warm-self': 'self'}  # who teaches: a tuned
 WEIGHTS = (1, 5)  # weights of distillation that are tried
 TAUGHT = ('cola',)  # the tasks that these are chosen on, the cheapest one: a teacher has to be trained for each
 WARM_UP = 0.5
-LARGE, LARGE_EPOCHS = {'sst2': 4000, 'mnli': 4000}, 3  # sets with rows enough to tell procedures apart: rows to score
-ROWS = 9000  # training rows of these when procedures are tried
-AFTER = 'lr_after', 'scale', 'even'  # what is tried after pruning: a rate, the adapter's alpha / r, ranks that do not vary
+LARGE, LARGE_EPOCHS = ('sst2', 'mnli'), 3  # sets with rows enough to tell procedures apart
+ROWS, SCORED = 9000, 4000  # of these, to train on and to score
+AFTER = 'lr_after', 'scale', 'even'  # tried after pruning: a rate, the adapter's alpha / r, ranks that do not vary
 LONGER = 3  # times as many passes, in the stage 'longer'
 ALL = ('q', 'k', 'v', 'o', 'up', 'down')  # 'targets=all': adapters on the feed-forward layers as well
 
@@ -132,8 +132,7 @@ def recipe_of(cell):
     "What a cell asks for, as a `Recipe`"
     way, asked = cell.method.removeprefix('tune-'), choices(cell.setting)
     lr = asked.get('lr')
-    few = cell.method == 'large'
-    epochs = LARGE_EPOCHS if few else EPOCHS[cell.task] * asked.pop('times', 1)
+    epochs = LARGE_EPOCHS if way == 'large' else EPOCHS[cell.task] * asked.pop('times', 1)
     common = dict(epochs=epochs, seed=cell.seed, mixed_precision='bf16')
     if way == 'full':
         return Recipe(method='full', full_lr=lr or best_rate('full'), **common)
@@ -141,9 +140,9 @@ def recipe_of(cell):
     common['train'] = ('norm', 'head', 'pooler') if asked.get('pooler', 1) else ('norm', 'head')
     if asked.pop('targets', '') == 'all':
         common['targets'] = ALL
-    if way == 'lora' or (few and 'keep' not in asked):
+    if way == 'lora' or (way == 'large' and 'keep' not in asked):
         return Recipe(method='lora', **common)
-    if way in ('explore', 'large') and 'keep' in asked:
+    if way in ('explore', 'large'):
         for name in ('adapter', *AFTER):
             asked.pop(name, '')
         norm = {'normalize': None} if asked.pop('normalize', '') == 'none' else {}
@@ -177,15 +176,22 @@ def measured(arch, task, recipe):
     return derivatives, score_heads(derivatives, recipe.normalize)
 
 
-def prune_and_distill(arch, task, recipe, teacher, weight):
-    "What the method 'prune-lora' does after its warm-up, with a teacher"
+def measured_and_pruned(arch, task, recipe):
+    "Derivatives and scores of the heads, and scores of what is left once the recipe's heads are gone"
     derivatives, imp = measured(arch, task, recipe)
     gone = select_heads(imp, keep=recipe.keep)
     blocks = score_heads(derivatives, None, minmax=False)
     for row, heads in gone.items():
         blocks[row, heads] = float('nan')
-    add_lora(prune_heads(arch, gone), blocks, budget=recipe.r, lora_alpha=recipe.lora_alpha, targets=recipe.targets,
-             train=recipe.train, seed=recipe.seed)
+    prune_heads(arch, gone)
+    return derivatives, imp, blocks
+
+
+def prune_and_distill(arch, task, recipe, teacher, weight):
+    "What the method 'prune-lora' does after its warm-up, with a teacher"
+    derivatives, imp, blocks = measured_and_pruned(arch, task, recipe)
+    add_lora(arch, blocks, budget=recipe.r, lora_alpha=recipe.lora_alpha, targets=recipe.targets, train=recipe.train,
+             seed=recipe.seed)
     distill(arch, teacher, task, recipe.epochs, weight, lr=recipe.lr, batch_size=recipe.batch_size, seed=recipe.seed,
             mixed_precision=recipe.mixed_precision)
     return Outcome(merge_lora(arch), imp, ranking_stability(derivatives, recipe.normalize))
@@ -193,13 +199,7 @@ def prune_and_distill(arch, task, recipe, teacher, weight):
 
 def prune_and_adapt(arch, task, recipe, lr_after=None, scale=None, even=0):
     "What the method 'prune-lora' does after its warm-up, with another adapter"
-    derivatives, imp = measured(arch, task, recipe)
-    gone = select_heads(imp, keep=recipe.keep) if recipe.keep < 72 else {}
-    blocks = score_heads(derivatives, None, minmax=False)
-    for row, heads in gone.items():
-        blocks[row, heads] = float('nan')
-    if gone:
-        prune_heads(arch, gone)
+    derivatives, imp, blocks = measured_and_pruned(arch, task, recipe)
     ranks = [recipe.r] * len(arch.attns) if even else budget_ranks(arch, blocks, recipe.r, targets=recipe.targets)
     alpha = scale * max(ranks) if scale else recipe.lora_alpha
     add_lora(arch, r=ranks, lora_alpha=alpha, targets=recipe.targets, train=recipe.train, seed=recipe.seed)
@@ -228,7 +228,7 @@ def run(cell, data_dir, cache):
     part = cell.method in ('explore', 'large') or cell.method.startswith('tune')
     task, cache = slice_of(task) if part else task, Path(cache) / ('part' if part else 'whole')
     if cell.method == 'large':
-        task = replace(at_most(task, ROWS), validation=task.validation.select(range(LARGE[cell.task])))
+        task = replace(at_most(task, ROWS), validation=task.validation.select(range(min(SCORED, len(task.validation)))))
     rest, teacher = recipe, TEACHERS.get(cell.method, asked.get('teacher'))
     keeps = 'kept' in (cell.method, asked.get('adapter'))
     if not keeps and recipe.method == 'prune-lora' and recipe.warm_up and recipe.iterative_steps == 1:

@@ -36,6 +36,23 @@ def test_choices_are_made_on_training_rows(prune_lora, tmp_path):
     assert not (tmp_path / 'whole').exists(), 'a warm-up on all training rows would have seen the slice'
 
 
+def test_the_adapter_after_pruning_has_the_scale_of_lora(prune_lora, tmp_path):
+    found = [prune_lora.run(Cell('mrpc', 'explore', f'keep=5{more}'), data_dir='', cache=tmp_path)
+             for more in ('', ',scale=2', ',scale=1', ',lr_after=5e-04')]
+    assert found[0]['loss'] == found[1]['loss'], 'alpha 16 at rank 8 is a scale of 2'
+    assert len({str(r['loss']) for r in found}) == 3 and {r['steps'] for r in found} == {found[0]['steps']}
+
+
+def test_longer_and_larger_cells(prune_lora, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune_lora, 'ROWS', 40)
+    monkeypatch.setattr(prune_lora, 'SCORED', 8)
+    once, thrice = (prune_lora.run(Cell('mrpc', 'lora', more), data_dir='', cache=tmp_path) for more in ('', 'times=3'))
+    assert thrice['steps'] == 3 * once['steps']
+    lora, pruned = (prune_lora.run(Cell('mrpc', 'large', how), data_dir='', cache=tmp_path) for how in ('', 'keep=5'))
+    assert lora['steps'] == pruned['steps'] and (sum(lora['kept']), sum(pruned['kept'])) == (8, 5)
+    assert lora['rows'] == {'train': 40, 'validation': 8}
+
+
 @pytest.mark.parametrize('name, needed', [
     ('prune_lora', 'data_dir'), ('moefication', 'data_dir'), ('moebert', 'data_dir'), ('dsee', 'data_dir'),
     ('compensate', 'data_dir'),
