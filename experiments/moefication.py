@@ -151,7 +151,8 @@ def routed_model(task, seed, way, asked, cache):
 
     def make():
         arch = moefy(dense_model(task, seed, cache), E, k, few, split=split, router=None, seed=seed)
-        fit_routers(arch, few, seed=seed, **ROUTERS[way])
+        report = fit_routers(arch, few, seed=seed, **ROUTERS[way])
+        arch.history[-1]['layers'] = report.round(4).to_dict('list')
         return arch
     return kept(Path(cache) / f'{way}-{E}-{k}-{split}-{task.name}-{seed}', make)
 
@@ -198,9 +199,11 @@ def recover(arch, task, way, lr, asked, seed, cache):
     return trainable
 
 
-def mean_k(arch, task):
-    "Experts that a validation token runs in each layer; none in a dense model"
-    return [round(n, 4) for n in expert_usage(arch, task.examples('validation')).mean_k.values()] if moes(arch) else []
+def used(arch, task):
+    "Experts that a validation token runs in each layer, and the share of tokens that each runs for; none if dense"
+    usage = expert_usage(arch, task.examples('validation')) if moes(arch) else None
+    return {'mean_k': [round(n, 4) for n in usage.mean_k.values()] if usage else [],
+            'usage': [[round(s, 4) for s in row.tolist()] for row in usage.share.values()] if usage else []}
 
 
 def run(cell, data_dir, cache):
@@ -223,8 +226,7 @@ def run(cell, data_dir, cache):
             'flops': count_flops(arch), 'zeros': zeros, 'router': fits[-1] if fits and way != 'dense' else None,
             'fit': experts[-1] if experts else None,
             'compensated': next((h['tokens'] for h in arch.history if h['verb'] == 'compensate_routing'), 0),
-            'mean_k': mean_k(arch, task),
-            'steps': steps_of(arch), 'partial': task.partial,
+            **used(arch, task), 'steps': steps_of(arch), 'partial': task.partial,
             'rows': {'train': len(task.train), 'validation': len(task.validation)}}
 
 
