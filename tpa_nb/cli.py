@@ -59,6 +59,14 @@ def _words(text):
     "The parts of a comma-separated list; 'none' is the empty one"
     return () if text in ('', 'none') else tuple(w.strip() for w in text.split(','))
 
+_FIRST = Param('The same as --model, before all options', nargs='?', opt=False)
+
+def _model(first, model):
+    "The model that a command is to take, named by its first word or by `--model`"
+    if first is not None and model not in ('minilm', first):
+        raise ValueError(f"give the model once: {first!r} is the first word, and `model` is {model!r}")
+    return model if first is None else first
+
 def _task(task, given):
     "The task that a command's arguments name"
     from tpa_nb.tasks import Task, load_task
@@ -112,7 +120,8 @@ def _compress(given):
     "What `tpa_compress` was asked for, or one line that says why not"
     with one_line_errors('tpa_compress'):
         _run(_task(given['task'], given), _recipe(given['recipe'], given['no_train']),
-             *(given[name] for name in ('model', 'output_dir', 'rivals', 'repeats', 'dry_run')))
+             _model(given['MODEL'], given['model']),
+             *(given[name] for name in ('output_dir', 'rivals', 'repeats', 'dry_run')))
 
 def _run(task, recipe, model, output_dir, rivals, repeats, dry_run):
     "Compress, or say what would be done"
@@ -132,6 +141,7 @@ def _run(task, recipe, model, output_dir, rivals, repeats, dry_run):
 @call_parse
 @with_recipe
 def tpa_compress(
+    MODEL: _FIRST = None,           # `model`, as the first word in a terminal
     model: str = 'minilm',          # Hub name, folder, or 'minilm', the embedded default
     task: str = 'toy_pairs',        # A GLUE task (mrpc, rte, sst2, ...), 'toy_pairs' or 'toy_sentences'
     data_dir: str = '',             # Folder with <task>/train.parquet and validation.parquet, instead of the hub
@@ -161,6 +171,8 @@ def _scores(model, task, warm_up_epochs, calibration, normalize, seed):
     from tpa_nb.profile import provenance
     from tpa_nb.save import open_model
     from tpa_nb.train import evaluate_model, warm_up
+    if sys.stderr.isatty():
+        print(f'{task.name}: measuring on {min(calibration, len(task.train)):,} training rows', file=sys.stderr)
     arch = open_model(model, task, seed)
     epochs = (1 if arch.new_weights else 0) if warm_up_epochs is None else warm_up_epochs
     if epochs:
@@ -222,6 +234,7 @@ def _say_importance(name, f):
 # %% ../nbs/41_cli.ipynb #fa7950fb
 @call_parse
 def tpa_importance(
+    MODEL: _FIRST = None,              # `model`, as the first word in a terminal
     model: str = 'minilm',             # Hub name, folder, or 'minilm', the embedded default
     task: str = 'toy_pairs',           # A task, or several with commas
     data_dir: str = '',                # Folder with <task>/train.parquet and validation.parquet, instead of the hub
@@ -242,7 +255,9 @@ def tpa_importance(
     "Measure which heads a task needs; writes scores, ranking and heat map, and prints the ends of the ranking"
     given = locals()
     with one_line_errors('tpa_importance'):
-        asked = dict(model=str(model), warm_up=warm_up, calibration=calibration, normalize=normalize, seed=seed)
+        from tpa_nb.compress import _identity
+        model = _model(MODEL, model)
+        asked = dict(model=_identity(model), warm_up=warm_up, calibration=calibration, normalize=normalize, seed=seed)
         tasks = [_task(t, given) for t in _words(task) or ('none',)]
         folder, found = Path(output_dir), {}
         _check_importance(warm_up, calibration, normalize, seed, folder)
@@ -293,6 +308,7 @@ def _say_profile(arch, profile, parts):
 # %% ../nbs/41_cli.ipynb #08580814
 @call_parse
 def tpa_profile(
+    MODEL: _FIRST = None,           # `model`, as the first word in a terminal
     model: str = 'minilm',          # Hub name, folder of any kind, or 'minilm', the embedded default
     batch_size: int = 32,           # Sequences
     seq_len: int = 128,             # Tokens of each
@@ -308,6 +324,7 @@ def tpa_profile(
         found = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         if output and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
             raise ValueError(f"`output` must be a file in a folder that there is, got {output!r}")
+        model = _model(MODEL, model)
         arch, profile, parts = _profile_of(model, found, batch_size, seq_len, repeats, training, dtype)
         _say_profile(arch, profile, parts)
         if output:

@@ -23,7 +23,7 @@ import tpa_nb
 from .arch import Arch
 from .importance import plot_importance
 from .lora import add_lora, merge_lora
-from .methods import UNTRAINED, _say, _wants_full_teacher, check_recipe
+from .methods import UNTRAINED, _reads, _say, _wants_full_teacher, check_recipe
 from .moe import expert_usage, moes, plot_usage
 from .profile import Profile, _write_json, compare, profile_models, provenance
 from .recipe import Recipe, recipe_methods
@@ -59,6 +59,10 @@ def variants(
     found = {title: r for title, r in found.items() if r != recipe}
     return {**found, _TITLES.get(recipe.method, recipe.method): recipe}
 
+def _rivals(chosen):
+    "The recipes in `variants` that train beside the last one"
+    return [r for r in list(chosen.values())[:-1] if r.method not in UNTRAINED]
+
 # %% ../nbs/40_compress.ipynb #66bf2bb6
 @dataclass(frozen=True)
 class _Trained:
@@ -71,6 +75,7 @@ class _Trained:
     seconds: float                       # Time it took
     importance: torch.Tensor | None      # Head scores, if it measured them
     stability: float | None              # Rank correlation of two halves
+    came_with: int = 0                   # Entries in the history of the model that it began with
 
 def _n_trained(arch):
     "Parameters that trained, from the history"
@@ -88,7 +93,7 @@ def _as_tensor(rows):
 # %% ../nbs/40_compress.ipynb #1e5e4f9c
 def _train_variant(title, recipe, arch, task, folder, progress):
     "Carry out one recipe and keep what it leaves in `folder`"
-    began = time.perf_counter()
+    began, came_with = time.perf_counter(), len(arch.history)
     outcome = recipe_methods[recipe.method](arch, task, recipe, progress)
     scores = evaluate_model(outcome.arch, task)
     save_model(outcome.arch, folder / 'model')
@@ -96,7 +101,7 @@ def _train_variant(title, recipe, arch, task, folder, progress):
     trained = 0 if recipe.method in UNTRAINED else _n_trained(outcome.arch)
     facts = dict(scores=scores, trainable=trained, file_mb=size,
                  seconds=round(time.perf_counter() - began, 1), importance=_as_lists(outcome.importance),
-                 stability=outcome.stability)
+                 stability=outcome.stability, came_with=came_with)
     _write_json(folder / 'facts.json', facts)
     return _Trained(title, outcome.arch, **{**facts, 'importance': outcome.importance})
 
@@ -108,9 +113,24 @@ def _load_variant(title, folder):
     return _Trained(title, load_model(folder / 'model'), **{**facts, 'importance': _as_tensor(facts['importance'])})
 
 # %% ../nbs/40_compress.ipynb #a0efbe31
+def _identity(model):
+    "What tells a model from another of its name: the name, and the weights unless they are the hub's"
+    digest = hashlib.sha256(str(model).encode())
+    if isinstance(model, Arch):
+        for name, tensor in model.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    elif Path(model).is_dir():
+        for path in sorted(p for p in Path(model).iterdir() if p.suffix in ('.safetensors', '.bin', '.json')):
+            with path.open('rb') as f:
+                for part in iter(lambda: f.read(2 ** 20), b''):
+                    digest.update(part)
+    return digest.hexdigest()[:16]
+
+# %% ../nbs/40_compress.ipynb #9800fb40
 def _fingerprint(model, task, recipe):
     "Eight bytes that change with the model, the data or the recipe"
-    facts = [str(model), task.provenance, asdict(recipe), tpa_nb.__version__]
+    facts = [_identity(model), task.provenance, asdict(recipe), tpa_nb.__version__]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 def _fresh(model, task, seed):
@@ -178,7 +198,7 @@ def _figures(done, profiles, task):
     "Figures of the report by name"
     own = done[-1]
     attns = own.arch.attns
-    ranks = next((h['ranks'] for h in own.arch.history if h['verb'] == 'add_lora'), None)
+    ranks = next((h['ranks'] for h in _done(own) if h['verb'] == 'add_lora'), None)
     rows = [dict(name=n, score=p.score, score_name=p.score_name, latency_ms=p.latency_ms, params=p.params)
             for n, p in profiles.items()]
     found = {'tradeoff': plot_tradeoff(rows, majority=task.majority)}
@@ -187,33 +207,64 @@ def _figures(done, profiles, task):
     found['structure'] = plot_structure([a.n_heads for a in attns], [a.n_heads_orig for a in attns], ranks)
     if moes(own.arch):
         found['experts'] = plot_usage(expert_usage(own.arch, task.examples('validation')))
-    curves = {t.title: _curve(t.arch.history) for t in done}
+    curves = {t.title: _curve(_done(t)) for t in done}
     if any(curves.values()):
-        found['curves'] = plot_curves({title: rows for title, rows in curves.items() if rows})
+        found['curves'] = plot_curves(curves)
     return found
 
+def _done(trained):
+    "What a variant did to the model that it began with"
+    return trained.arch.history[trained.came_with:]
+
+# %% ../nbs/40_compress.ipynb #d8c41b9c
 _CAPTIONS = {
     'tradeoff': 'Score against the measured time of a forward pass. Up and to the left is better; the dashed line is '
                 'what the best constant answer scores.',
     'tradeoff of losses': 'Score against the measured time of a forward pass. Down and to the left is better.',
     'importance': 'How strongly the loss reacts to each head. Bright heads were kept first; rows are blocks.',
-    'structure': 'Heads left in each attention, and the rank of its adapters before they were merged.',
+    'importance by chance': 'How strongly the loss reacts to each head; rows are blocks. The heads to keep were drawn '
+                            'by chance.',
+    'importance of updates': 'How far training moved the weights of each head. Bright heads were kept first; rows are '
+                             'blocks.',
+    'structure': 'Heads left in each attention.',
+    'structure and ranks': 'Heads left in each attention, and the rank of its adapters before they were merged.',
     'experts': 'Share of the validation tokens that run each expert, from the most to the least used. The dashed line '
                'is the mean; a balance of 1 means that all are used equally often.',
     'curves': 'Training loss by step. A curve with a jump has been pruned there.'}
 
 # %% ../nbs/40_compress.ipynb #31034ebf
+def _asked(recipe):
+    "The recipe's fields that say something about this run"
+    found = {name: getattr(recipe, name) for name in _reads(recipe)}
+    idle = {'keep': 'pruning_ratio', 'flops_ratio': 'pruning_ratio', 'latency_ratio': 'pruning_ratio'}
+    hidden = {idle[name] for name in idle if found.get(name) is not None}
+    hidden |= {'holdout'} if found.get('max_drop') is None else set()
+    hidden |= {'temperature', 'teacher'} if not found.get('distill_weight') and recipe.method != 'moebert' else set()
+    hidden |= {'r_high', 'r_low', 'top_blocks'} if recipe.ranks == 'budget' else set()
+    return {name: value for name, value in found.items()
+            if name not in hidden and (value is not None or name == 'normalize')}
+
+def _captions(task, recipe, own):
+    "A caption for each figure, as the run was"
+    by = ' by chance' if recipe.criterion == 'random' else ' of updates' if recipe.method == 'dsee' else ''
+    ranks = ' and ranks' if any(h['verb'] == 'add_lora' for h in _done(own)) else ''
+    return {**_CAPTIONS, 'importance': _CAPTIONS[f'importance{by}'], 'structure': _CAPTIONS[f'structure{ranks}'],
+            'tradeoff': _CAPTIONS['tradeoff' if task.greater_is_better else 'tradeoff of losses']}
+
+# %% ../nbs/40_compress.ipynb #e42d4dd1
 def _sections(model, task, recipe, table, done, figures, notes):
     "The report's sections"
     asked = {'model': model, 'task': task.name, 'source': task.source, 'training rows': f'{len(task.train):,}',
-             'validation rows': f'{len(task.validation):,}', **asdict(recipe)}
-    captions = _CAPTIONS if task.greater_is_better else {**_CAPTIONS, 'tradeoff': _CAPTIONS['tradeoff of losses']}
+             'validation rows': f'{len(task.validation):,}', **_asked(recipe)}
+    captions, own = _captions(task, recipe, done[-1]), done[-1]
+    before = own.arch.history[:own.came_with]
     shown = {k: figure_html(f, captions[k], captions[k].split('.')[0]) for k, f in figures.items()}
     caption = (f'{task.main_metric} on {len(task.validation):,} validation rows'
                f'{_constant(task.majority)}. {table.attrs.get("measured", "")}')
     return [Section('Result', table_html(table, caption) + notes + shown['tradeoff']),
             Section('What was asked', definitions_html(asked)),
-            Section('What was done', steps_html(done[-1].arch.history)),
+            *([Section('What the model had behind it', steps_html(before))] if before else []),
+            Section('What was done', steps_html(_done(own))),
             *([Section('Importance', shown['importance'])] if 'importance' in shown else []),
             Section('Structure', shown['structure']),
             *([Section('Experts', shown['experts'])] if 'experts' in shown else []),
@@ -250,10 +301,18 @@ def _check_output(output_dir, fingerprint):
         raise ValueError(f"`output_dir` {str(output_dir)!r} holds other files ({foreign[0]!r}); "
                          "give a new or empty folder")
     if (folder / 'results.json').exists():
-        if json.loads((folder / 'results.json').read_text()).get('fingerprint') != fingerprint:
+        if _written(folder / 'results.json').get('fingerprint') != fingerprint:
             raise ValueError(f"`output_dir` {str(output_dir)!r} holds the result of another run; "
                              "give another folder or remove it")
     return folder
+
+def _written(path):
+    "What an earlier run wrote to `path`, or one line that names it"
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f'{path} is not what `compress` writes ({e}); remove it, or give another `output_dir`') from e
+    return found if isinstance(found, dict) else {}
 
 # %% ../nbs/40_compress.ipynb #b8cd9e91
 class _work_folder:
@@ -327,7 +386,7 @@ def compress(
     recipe, task = recipe or Recipe(), load_task(task) if isinstance(task, str) else task
     chosen = variants(recipe, rivals)
     folder = _check_output(output_dir, _fingerprint(model, task, recipe)) if output_dir else None
-    check_recipe(recipe, _fresh(model, task, recipe.seed), task)
+    check_recipe(recipe, _fresh(model, task, recipe.seed), task, _rivals(chosen))
     with _work_folder(folder) as work:
         done = _train_all(model, task, chosen, work, progress)
         _say(progress, 'measuring all of them in turns')
@@ -404,7 +463,7 @@ def plan_compress(
     if output_dir:
         _check_output(output_dir, _fingerprint(model, task, recipe))
     arch = _fresh(model, task, recipe.seed)
-    check_recipe(recipe, arch, task)
+    check_recipe(recipe, arch, task, _rivals(chosen))
     rows = task.calibration(min(recipe.batch_size, len(task.train)), recipe.seed)
     batch = next(rows.batches(arch.tokenizer, recipe.batch_size, arch.device))
     per_step = {'full': _step_seconds(arch, batch), 'lora': _step_seconds(add_lora(arch.clone(), r=recipe.r), batch)}

@@ -6,6 +6,7 @@
 __all__ = ['UNTRAINED', 'Outcome', 'check_recipe', 'dsee_recipe']
 
 # %% ../nbs/36_methods.ipynb #a51deb92
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -81,12 +82,13 @@ def _lora(arch, task, recipe, progress):
 class _Measure:
     "Scores of the heads that are left, by the recipe; keeps the last derivatives"
     def __init__(self, task, recipe, progress):
-        self.task, self.recipe, self.progress = task, recipe, progress
+        self.task, self.recipe, self.progress = _unwatched(task, recipe), recipe, progress
+        self.longer = len(task.train) / len(self.task.train)  # passes over fewer rows, for as many steps
         self.draw, self.derivatives, self.scores, self.part = _draw(recipe), None, None, 0
         self.shares = recipe.iterative_steps if recipe.max_drop is None else 1  # a score that is watched must not rise
 
     def __call__(self, arch):
-        recipe, epochs = self.recipe, self.recipe.epochs * self.recipe.warm_up / self.shares
+        recipe, epochs = self.recipe, self.recipe.epochs * self.recipe.warm_up / self.shares * self.longer
         if epochs and self.part < self.shares:
             warm_up(arch, self.task, epochs, recipe.r, recipe.lr, recipe.batch_size, recipe.seed + 1000 * self.part,
                     recipe.train, recipe.targets, recipe.lora_alpha, mixed_precision=recipe.mixed_precision,
@@ -111,12 +113,20 @@ def _held_score(task, recipe, progress):
     "A function that scores a model on a slice of the training rows, higher is better, if the recipe watches the score"
     if recipe.max_drop is None:
         return None
-    rows = task.split(recipe.holdout, recipe.seed)[1]
+    rows = _held(task, recipe)[1]
     def score(arch):
         found = evaluate_model(arch, task, rows)[task.main_metric]
         _say(progress, f'    {sum(a.n_heads for a in arch.attns)} heads: {found:.3f} on {len(rows)} training rows')
         return found if task.greater_is_better else -found
     return score
+
+def _held(task, recipe):
+    "Training rows in two: those that warm up and measure, and those on which the score is watched"
+    return task.split(recipe.holdout, recipe.seed)
+
+def _unwatched(task, recipe):
+    "`task` without the training rows on which the recipe watches the score"
+    return task if recipe.max_drop is None else replace(task, train=_held(task, recipe)[0].rows)
 
 def _say(progress, text):
     "Print a line of progress"
@@ -128,14 +138,14 @@ def _prune(arch, task, recipe, progress):
     measure = _Measure(task, recipe, progress)
     if recipe.flops_ratio or recipe.latency_ratio:
         measure(arch)
-        _prune_to_budget(arch, task, recipe, measure.draw)
+        _prune_to_budget(arch, measure.task, recipe, measure.draw)
         return measure
     prune_iteratively(arch, measure, recipe.keep, recipe.pruning_ratio if recipe.keep is None else None,
                       recipe.iterative_steps, recipe.scope, recipe.min_heads, recipe.round_to,
                       _held_score(task, recipe, progress), recipe.max_drop,
-                      prepare=lambda arch, heads: _take_over(arch, task, recipe, heads=heads))
+                      prepare=lambda arch, heads: _take_over(arch, measure.task, recipe, heads=heads))
     if recipe.neuron_ratio:
-        _prune_neurons(arch, task, recipe, measure.draw)
+        _prune_neurons(arch, measure.task, recipe, measure.draw)
     return measure
 
 # %% ../nbs/36_methods.ipynb #2c09aa4a
@@ -367,38 +377,54 @@ for _name, _run, _check in (('full', _full, None), ('lora', _lora, None),
     register_method(_name, _run, _check)
 
 # %% ../nbs/36_methods.ipynb #9f49b18c
-_BUDGETS = ('neuron_ratio', 'flops_ratio', 'latency_ratio', 'max_drop', 'compensate')
-_HEADS, _MOEBERT = ('keep', 'iterative_steps'), ('expert_size', 'shared')
-_UNUSED = {'dsee': _BUDGETS, 'moefy': (*_HEADS, *_MOEBERT, *_BUDGETS),
-           'moebert': (*_HEADS, 'k', 'split', 'dynamic', 'expert_r', 'fit_expert', 'relu', *_BUDGETS),
-           'prune': ('distill_weight',), 'none': ('distill_weight',),
-           'route': (*_HEADS, *_MOEBERT, *_BUDGETS[:-1], 'distill_weight', 'relu', 'fit_expert')}
+_TRAIN = ('epochs', 'batch_size', 'mixed_precision', 'distill_weight', 'temperature', 'teacher')
+_ADAPT = ('lr', 'r', 'lora_alpha', 'targets', 'train')
+_CUT = ('keep', 'pruning_ratio', 'min_heads', 'round_to', 'scope', 'criterion')
+_SHRINK = (*_CUT, 'normalize', 'iterative_steps', 'neuron_ratio', 'flops_ratio', 'latency_ratio', 'compensate',
+           'max_drop', 'holdout', 'calibration', 'batch_size')
+_SPLIT = ('n_experts', 'k', 'split', 'router', 'dynamic', 'expert_r', 'calibration')
+_READS = {'full': (*_TRAIN, 'full_lr'), 'lora': (*_TRAIN, *_ADAPT), 'none': (), 'prune': _SHRINK,
+          'prune-lora': (*_SHRINK, 'warm_up', 'ranks', 'r_high', 'r_low', 'top_blocks', *_TRAIN, *_ADAPT),
+          'dsee': (*_CUT, 'weight_ratio', 'iterative_steps', 'warm_up', 'calibration', 'n_sparse', 'support', *_TRAIN,
+                   *_ADAPT),
+          'moefy': (*_SPLIT, 'fit_expert', 'relu', 'warm_up', 'train', 'lr', 'full_lr', *_TRAIN),
+          'route': (*_SPLIT, 'compensate'),
+          'moebert': ('expert_size', 'shared', 'n_experts', 'router', 'criterion', 'calibration', 'warm_up', 'full_lr',
+                      *_TRAIN)}
 
-def _check_unused(recipe):
-    "Raise if the recipe asks for what its method does not do"
-    idle = list(_UNUSED.get(recipe.method, ()))
+def _reads(recipe):
+    "Names of the fields that the recipe's method reads, all of them if the method is somebody else's"
+    names = [f.name for f in fields(Recipe)]
+    found = {*_READS.get(recipe.method, names), 'method', 'seed'}
     if recipe.method == 'dsee':
-        idle += ['keep', 'scope'] if recipe.weight_ratio else ['iterative_steps']
+        found -= {'keep', 'scope', 'pruning_ratio', 'min_heads', 'round_to'} if recipe.weight_ratio else {
+            'iterative_steps'}
+    return [name for name in names if name in found]
+
+def _check_unused(recipe, beside):
+    "Raise if the recipe asks for what neither its method nor, of training, a recipe of `beside` reads"
+    read = {*_reads(recipe), *(n for r in beside for n in _reads(r) if n in (*_TRAIN, *_ADAPT, 'full_lr'))}
     if recipe.criterion == 'update' and not (recipe.method == 'dsee' and recipe.weight_ratio):
-        idle.append('criterion')
-    default = {f.name: f.default for f in fields(Recipe)}
-    for name in idle:
-        if getattr(recipe, name) != default[name]:
-            raise ValueError(f"`{name}` means nothing to the method {recipe.method!r}, got {getattr(recipe, name)!r}")
+        read -= {'criterion'}
+    for f in fields(recipe):
+        if f.name not in read and getattr(recipe, f.name) != f.default:
+            raise ValueError(f"`{f.name}` means nothing to the method {recipe.method!r}, got "
+                             f"{getattr(recipe, f.name)!r}")
 
 # %% ../nbs/36_methods.ipynb #c5a4f4bb
 def check_recipe(
     recipe: Recipe,  # What is asked
     arch: Arch,      # The model; it is left as it was
     task: Task,      # The task
+    beside: Iterable[Recipe] = (),  # Recipes that are carried out beside it and share how it trains
 ) -> None:
     "Raise what carrying `recipe` out would raise, before any training"
+    _check_unused(recipe, beside)
     if recipe.method in UNTRAINED and arch.new_weights:
         raise ValueError(f"`method` {recipe.method!r} trains nothing, and the model has no trained head: "
                          f"{arch.new_weights[0]!r} is random; give a checkpoint that was fine-tuned on {task.name!r}")
     if recipe.distill_weight and recipe.teacher != 'full':
         _teacher(task, recipe)
-    _check_unused(recipe)
     _checks[recipe.method](arch.clone(), task, recipe)
 
 # %% ../nbs/36_methods.ipynb #dec789b3

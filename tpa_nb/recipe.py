@@ -122,6 +122,12 @@ def _check_recipe(recipe):
     for name, legal in choices.items():
         if (value := getattr(recipe, name)) not in legal:
             raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}")
+    for name in ('dynamic', 'fit_expert', 'relu'):
+        if not isinstance(value := getattr(recipe, name), bool):
+            raise ValueError(f"`{name}` must be True or False, got {value!r}")
+    for name in ('targets', 'train'):
+        if isinstance(value := getattr(recipe, name), str) or not all(isinstance(x, str) for x in value):
+            raise ValueError(f"`{name}` must be a tuple of names, got {value!r}")
     _check_numbers(recipe)
     _check_budget(recipe)
 

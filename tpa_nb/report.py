@@ -164,7 +164,7 @@ def plot_curves(
     if not curves:
         raise ValueError("`logs` has no row with a finite 'loss'; give the 'log' of a training run")
     top = 1.06 * max(loss for points in curves.values() for _, loss in points) or 1
-    looks = variant_styles(list(curves))
+    looks = variant_styles(list(logs))  # as in a figure that shows those without a curve too
     with _styled():
         fig, (ax,) = _figure(7.3, 2.9)
         for name, points in curves.items():
