@@ -101,16 +101,17 @@ def _check_threshold(router, threshold):
                          "means nothing; give `k`")
 
 @torch.no_grad()
-def _check_router(router, experts, threshold=None):
-    "Raise unless `router` fits `experts`"
+def _check_router(router, experts, threshold=None, n_ids=1):
+    "Raise unless `router` fits `experts`, and a vocabulary of `n_ids` if it reads token ids"
     if router is None:
         return
     _check_threshold(router, threshold)
     x = experts.up.new_zeros(1, experts.d_model)
     try:
-        _scores(router, experts, x, torch.zeros(1, dtype=torch.long, device=x.device))
+        _scores(router, experts, x, torch.full((1,), n_ids - 1, device=x.device))
     except (RuntimeError, TypeError, IndexError, AttributeError) as e:
-        raise ValueError(f"`router` {type(router).__name__} does not fit inputs of width {experts.d_model} and "
+        reads = f', token ids up to {n_ids - 1}' if getattr(router, 'wants_ids', False) else ''
+        raise ValueError(f"`router` {type(router).__name__} does not fit inputs of width {experts.d_model}{reads} and "
                          f"{experts.n_experts} experts: {e}") from e
 
 # %% ../nbs/21_moe.ipynb #32cb6c69
@@ -143,6 +144,10 @@ def moes(
     return {row: module for row, module in found.items() if isinstance(module, MoE)}
 
 # %% ../nbs/21_moe.ipynb #29b3bbd6
+def _n_ids(ffn):
+    "Token ids that the model of `ffn` knows"
+    return ffn.root.get_input_embeddings().num_embeddings
+
 def set_router(
     ffn: FFN,                  # A feed-forward layer that is a mixture
     router: nn.Module | None,  # The new router; None runs all experts
@@ -158,7 +163,7 @@ def set_router(
     k = moe.k if k is None else k
     if router is not None or k is not None:
         _check_choice(k, threshold, moe.n_experts)
-    _check_router(router, moe.experts, threshold)
+    _check_router(router, moe.experts, threshold, _n_ids(ffn))
     moe.router, moe.k, moe.threshold, moe.mean_k = router, k, threshold, None
     ffn.replace(moe)
 
@@ -273,7 +278,16 @@ def _layers_to_change(arch, rows):
         if ffn.replaced is not None:
             raise ValueError(f"{ffn.name} is a {type(ffn.replaced).__name__} already; `unmoefy(arch)` makes it plain")
         _check_whole(ffn)
+        _check_finite(ffn)
     return [ffns[row] for row in rows]
+
+def _check_finite(ffn):
+    "Raise if a weight or a bias of the layer is NaN or infinite"
+    for projection in (p for p in (ffn.up, ffn.gate, ffn.down) if p):
+        for name, p in projection.linear.named_parameters():
+            if not p.isfinite().all():
+                raise ValueError(f"{projection.name}.{name} holds values that are not finite; what is made of it would "
+                                 "give NaN")
 
 def _check_calibration(calibration, router, split):
     "`calibration` as something that can be gone through twice, if it is needed"
@@ -370,6 +384,8 @@ def _put_back(arch, sites, n_history):
 def _mixture(ffn, labels, n_experts, k, threshold, router):
     "The mixture that is to stand in the place of `ffn`"
     experts = Experts.from_ffn(ffn, labels)
+    if isinstance(router, Mapping):
+        _check_router(router[ffn.row], experts, threshold, _n_ids(ffn))
     if k is not None and experts.n_experts != n_experts:
         k = max(1, round(k * experts.n_experts / n_experts))
     return MoE(experts, router[ffn.row] if isinstance(router, Mapping) else None, k, threshold)
@@ -461,6 +477,9 @@ def _count_hook(arch, ffn, counts, current):
         x = args[0].detach()
         chosen, n = _choose(moe, x, args[1] if len(args) > 1 else None), x[..., 0].numel()
         real = _real_tokens(arch, ffn, current, n)
+        if not x.reshape(n, -1)[real].isfinite().all():
+            raise ValueError(f"`data` gives {ffn.name} inputs that are not finite; check the weights and the data for "
+                             "NaN")
         chosen = torch.ones(n, moe.n_experts, dtype=torch.bool, device=x.device) if chosen is None else chosen
         counts['tokens'] += int(real.sum())
         counts['chosen'] = counts['chosen'] + chosen[real].sum(0).cpu()
