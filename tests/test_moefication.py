@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from tpa_nb.families import tiny_arch
+from tpa_nb.router import relufy
 from tpa_nb.runner import Cell
 from tpa_nb.tasks import toy_sentences
 
@@ -84,3 +86,20 @@ def test_every_way_that_trains_has_learning_rates(experiment):
     cells = script.tuning_grid()
     assert {c.method for c in cells} == {f'tune-{way}' for way in (*script.RATES, *(way for way, _ in script.BESIDE))}
     assert len({c.name for c in cells}) == len(cells)
+
+
+def test_the_parts_one_by_one(experiment, tmp_path):
+    task = replace(toy_sentences(n_train=80, n_validation=8), name='sst2').with_max_length(24)
+    script = experiment('expert_choices', load=lambda *args: task, epochs_of=lambda task: 2,
+                        DEFAULTS=dict(experts=8, k=2, split='kmeans', r=4),
+                        dense_model=lambda task, seed, cache: relufy(tiny_arch('bert', seed=seed)))
+    found = {(c.method, c.setting): script.run(c, data_dir='', cache=tmp_path) for c in script.grid([0])}
+    assert found['gelu', '']['rows'] == {'train': 64, 'validation': 16}, 'a slice of the training rows'
+    steps = {way: found[way, '']['steps'] for way in script.RELU if way != 'biases-on'}
+    assert steps == {'gelu': 2, 'relu': 2, 'biases': 2, 'gelu-on': 4, 'relu-on': 4, 'relu-first': 4}
+    assert max(found['gelu-on', '']['zeros']) < 0.01 < min(found['relu', '']['zeros'])
+    errors = {s: r['layers'] for (m, s), r in found.items() if m == 'router'}
+    assert len(errors) == 6 and len({tuple(e['error']) for e in errors.values()}) > 3
+    distance, activation = (errors[f'contribution={kind},scale=token'] for kind in ('distance', 'activation'))
+    assert distance['error_oracle'] < activation['error_oracle'], 'the best by distance leaves out less'
+    assert {r['steps'] for (m, s), r in found.items() if m == 'expert'} == {2}

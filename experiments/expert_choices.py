@@ -1,0 +1,101 @@
+"""The parts of MoEfication one by one: how a ReLU comes in, what routers learn from, how a LoRA expert starts.
+
+    python experiments/expert_choices.py --data_dir DATA --jobs 2
+
+On SST-2, with the models of experiments/moefication.py: fine-tuned on four fifths of its training rows and scored on
+the rest, so that no choice of a default rests on validation rows. Each cell leaves a file in
+experiments/results/expert_choices; what is there is not run again. nbs/results/moefication.ipynb shows what exists.
+"""
+from functools import partial
+from pathlib import Path
+
+import torch
+from fastcore.script import call_parse, store_true
+from moefication import DEFAULTS, DENSE_LR, calibration, dense_model, epochs_of, load
+from shared import answers, choices, kept, need_data, setting, slice_of, steps_of
+
+from tpa_nb.arch import Arch
+from tpa_nb.lora_expert import add_lora_expert, fold_lora_expert
+from tpa_nb.moe import moefy
+from tpa_nb.router import activation_sparsity, fit_routers, relufy
+from tpa_nb.runner import Cell, run_script
+from tpa_nb.train import finetune
+
+FOLDER = Path(__file__).parent / 'results' / 'expert_choices'
+TASK = 'sst2'
+RELU = ('gelu', 'gelu-on', 'relu', 'relu-on', 'biases', 'biases-on', 'relu-first')  # '-on': with the second half
+ROUTERS = [dict(contribution=kind, scale=scale) for kind in ('activation', 'output', 'distance')
+           for scale in ('batch', 'token')]
+EXPERTS = [dict(lr=2e-3), dict(lr=2e-3, lora_alpha=128), dict(lr=5e-4), dict(lr=2e-3, init='normal', lora_alpha=1)]
+
+
+def grid(seeds):
+    "The cells, each with one choice"
+    return [Cell(TASK, *cell, seed) for seed in seeds for cell in [
+        *((way, '') for way in RELU), *(('router', setting(**way)) for way in ROUTERS),
+        *(('expert', setting(**way)) for way in EXPERTS)]]
+
+
+def half(arch, task, seed, part=0):
+    "Half of the dense model's training, the first or the second"
+    return finetune(arch, task, epochs_of(task) / 2, DENSE_LR, seed=seed + 1000 * part, mixed_precision='bf16')
+
+
+def with_relu(way, task, seed, cache):
+    "A model whose ReLUs came in at some time, or never"
+    if way == 'biases-on':
+        return dense_model(task, seed, cache)
+    if way == 'relu-first':
+        arch = Arch.from_pretrained('minilm', task, seed)
+        relufy(arch)
+        return half(half(arch, task, seed), task, seed, 1)
+    arch = kept(Path(cache) / f'half-{task.name}-{seed}',
+                lambda: half(Arch.from_pretrained('minilm', task, seed), task, seed))
+    if way.startswith('relu'):
+        relufy(arch)
+    if way.startswith('biases'):
+        relufy(arch, calibration(task, seed))
+    return half(arch, task, seed, 1) if way.endswith('-on') else arch
+
+
+def routed(task, seed, cache, **router):
+    "The dense model with experts and routers, and what these catch, layer by layer"
+    few = calibration(task, seed)
+    arch = moefy(dense_model(task, seed, cache), DEFAULTS['experts'], DEFAULTS['k'], few, split=DEFAULTS['split'],
+                 router=None, seed=seed)
+    return arch, fit_routers(arch, few, seed=seed, **router)
+
+
+def run(cell, data_dir, cache):
+    "Carry out one cell"
+    torch.manual_seed(cell.seed)
+    task, asked, report, zeros = slice_of(load(cell.task, data_dir)), choices(cell.setting), None, None
+    if cell.method in RELU:
+        arch = with_relu(cell.method, task, cell.seed, cache)
+        zeros = activation_sparsity(arch, calibration(task, cell.seed), 4096)
+    else:
+        arch, report = routed(task, cell.seed, cache, **(asked if cell.method == 'router' else {}))
+    if cell.method == 'expert':
+        lr = asked.pop('lr')
+        add_lora_expert(arch, r=DEFAULTS['r'], seed=cell.seed, **asked)
+        finetune(arch, task, epochs_of(task) / 2, lr, seed=cell.seed + 2000, mixed_precision='bf16')
+        fold_lora_expert(arch)
+    return {**answers(arch, task), 'zeros': zeros, 'steps': steps_of(arch), 'partial': task.partial,
+            'layers': None if report is None else report.round(4).to_dict('list'),
+            'rows': {'train': len(task.train), 'validation': len(task.validation)}}
+
+
+@call_parse
+def main(
+    data_dir: str = '',           # Folder with <task>/train.parquet and validation.parquet
+    seeds: int = 1,               # Seeds 0, 1, ...
+    shard: str = '1/1',           # 'i/n': every n-th cell from the i-th on
+    minutes: float = None,        # Begin no cell that would not end within this time
+    jobs: int = 1,                # Cells side by side
+    cache_dir: str = '',          # Folder for models that cells share; a temporary one if not given
+    dry_run: store_true = False,  # Say which cells are missing; run nothing
+):
+    "Run the cells that are missing"
+    need_data('expert_choices', data_dir, dry_run)
+    run_script(grid(range(seeds)), partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard,
+               minutes=minutes, jobs=jobs)
