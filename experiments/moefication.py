@@ -74,6 +74,7 @@ SWEEPS = [
     *((way, dict(experts=E, k=k)) for E, k in ((12, 2), (24, 5), (96, 19)) for way in ('mlp', 'oracle-distance')),
     *((way, dict(split=how)) for how in ('random', 'coactivation', 'importance')
       for way in ('mlp', 'oracle-distance')),
+    ('dynamic', COACT), *((way, dict(k=k, **COACT)) for k in (5, 14, 24) for way in ('mlp', 'dynamic')),
     *(('mlp+compensated', dict(k=k)) for k in (5, 14, 24)),
     *((way, dict(split='coactivation')) for way in ('mlp+compensated', 'mlp+both')),
     ('centroid', {}), ('hash', {}), ('mlp+expert', dict(r=8)), ('mlp+expert', dict(r=128))]
