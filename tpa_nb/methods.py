@@ -403,7 +403,8 @@ def _reads(recipe):
 
 def _check_unused(recipe, beside):
     "Raise if the recipe asks for what neither its method nor, of training, a recipe of `beside` reads"
-    read = {*_reads(recipe), *(n for r in beside for n in _reads(r) if n in (*_TRAIN, *_ADAPT, 'full_lr'))}
+    read = {*_reads(recipe), *(n for r in beside for n in _reads(r) if n in (*_TRAIN, *_ADAPT, 'full_lr')
+                               and getattr(r, n) == getattr(recipe, n))}
     if recipe.criterion == 'update' and not (recipe.method == 'dsee' and recipe.weight_ratio):
         read -= {'criterion'}
     for f in fields(recipe):
