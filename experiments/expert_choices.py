@@ -11,13 +11,12 @@ from pathlib import Path
 
 import torch
 from fastcore.script import call_parse, store_true
-from moefication import DEFAULTS, DENSE_LR, calibration, dense_model, epochs_of, load
+from moefication import DEFAULTS, calibration, dense_model, epochs_of, half, load, routed
 from shared import answers, choices, kept, need_data, setting, slice_of, steps_of
 
 from tpa_nb.arch import Arch
 from tpa_nb.lora_expert import add_lora_expert, fold_lora_expert
-from tpa_nb.moe import moefy
-from tpa_nb.router import activation_sparsity, fit_routers, relufy
+from tpa_nb.router import activation_sparsity, relufy
 from tpa_nb.runner import Cell, run_script
 from tpa_nb.train import finetune
 
@@ -34,11 +33,6 @@ def grid(seeds):
     return [Cell(TASK, *cell, seed) for seed in seeds for cell in [
         *((way, '') for way in RELU), *(('router', setting(**way)) for way in ROUTERS),
         *(('expert', setting(**way)) for way in EXPERTS)]]
-
-
-def half(arch, task, seed, part=0):
-    "Half of the dense model's training, the first or the second"
-    return finetune(arch, task, epochs_of(task) / 2, DENSE_LR, seed=seed + 1000 * part, mixed_precision='bf16')
 
 
 def with_relu(way, task, seed, cache):
@@ -58,30 +52,24 @@ def with_relu(way, task, seed, cache):
     return half(arch, task, seed, 1) if way.endswith('-on') else arch
 
 
-def routed(task, seed, cache, **router):
-    "The dense model with experts and routers, and what these catch, layer by layer"
-    few = calibration(task, seed)
-    arch = moefy(dense_model(task, seed, cache), DEFAULTS['experts'], DEFAULTS['k'], few, split=DEFAULTS['split'],
-                 router=None, seed=seed)
-    return arch, fit_routers(arch, few, seed=seed, **router)
-
-
 def run(cell, data_dir, cache):
     "Carry out one cell"
     torch.manual_seed(cell.seed)
-    task, asked, report, zeros = slice_of(load(cell.task, data_dir)), choices(cell.setting), None, None
+    task, asked, layers, zeros = slice_of(load(cell.task, data_dir)), choices(cell.setting), None, None
     if cell.method in RELU:
         arch = with_relu(cell.method, task, cell.seed, cache)
         zeros = activation_sparsity(arch, calibration(task, cell.seed), 4096)
     else:
-        arch, report = routed(task, cell.seed, cache, **(asked if cell.method == 'router' else {}))
+        arch = routed(dense_model(task, cell.seed, cache), task, cell.seed, DEFAULTS,
+                      **(asked if cell.method == 'router' else {}))
+        layers = arch.history[-1]['layers']
     if cell.method == 'expert':
         lr = asked.pop('lr')
         add_lora_expert(arch, r=DEFAULTS['r'], seed=cell.seed, **asked)
         finetune(arch, task, epochs_of(task) / 2, lr, seed=cell.seed + 2000, mixed_precision='bf16')
         fold_lora_expert(arch)
     return {**answers(arch, task), 'zeros': zeros, 'steps': steps_of(arch), 'partial': task.partial,
-            'layers': None if report is None else report.round(4).to_dict('list'),
+            'layers': layers,
             'rows': {'train': len(task.train), 'validation': len(task.validation)}}
 
 

@@ -121,12 +121,15 @@ def epochs_of(task):
     return EPOCHS[task.name.removesuffix('_partial')]
 
 
+def half(arch, task, seed, part=0):
+    "Half of a dense MiniLM's training, the first or the second"
+    return finetune(arch, task, epochs_of(task) / 2, DENSE_LR, seed=seed + 1000 * part, mixed_precision='bf16')
+
+
 def relufied(task, seed):
     "A MiniLM whose GELU becomes a ReLU half-way through its training"
-    arch, epochs = Arch.from_pretrained('minilm', task, seed), epochs_of(task) / 2
-    finetune(arch, task, epochs, DENSE_LR, seed=seed, mixed_precision='bf16')
-    relufy(arch, calibration(task, seed))
-    return finetune(arch, task, epochs, DENSE_LR, seed=seed + 1000, mixed_precision='bf16')
+    arch = half(Arch.from_pretrained('minilm', task, seed), task, seed)
+    return half(relufy(arch, calibration(task, seed)), task, seed, 1)
 
 
 def trained_t5(task, seed):
@@ -146,16 +149,19 @@ def calibration(task, seed, rows=DEFAULTS['rows']):
     return task.calibration(min(rows, len(task.train)), seed)
 
 
+def routed(dense, task, seed, asked, **router):
+    "The dense model with experts and routers; its history has what these catch, layer by layer"
+    few = calibration(task, seed)
+    arch = moefy(dense, asked['experts'], asked['k'], few, split=asked['split'], router=None, seed=seed)
+    report = fit_routers(arch, few, seed=seed, **router)
+    arch.history[-1]['layers'] = report.round(4).to_dict('list')
+    return arch
+
+
 def routed_model(task, seed, way, asked, cache):
     "The dense model, split and routed; cells of one task, seed and split share it"
-    E, k, split, few = asked['experts'], asked['k'], asked['split'], calibration(task, seed)
-
-    def make():
-        arch = moefy(dense_model(task, seed, cache), E, k, few, split=split, router=None, seed=seed)
-        report = fit_routers(arch, few, seed=seed, **ROUTERS[way])
-        arch.history[-1]['layers'] = report.round(4).to_dict('list')
-        return arch
-    return kept(Path(cache) / f'{way}-{E}-{k}-{split}-{task.name}-{seed}', make)
+    name = '-'.join(map(str, (way, asked['experts'], asked['k'], asked['split'], task.name, seed)))
+    return kept(Path(cache) / name, lambda: routed(dense_model(task, seed, cache), task, seed, asked, **ROUTERS[way]))
 
 
 def model_of(way, task, seed, asked, cache):

@@ -15,8 +15,8 @@ with the best rates, the fifth gives every method three times as many passes, at
 same as the fourth for pruned models that learn from a teacher as well, in as many steps: 'warm-distill' from a tuned
 LoRA model of the same task and seed, whose own steps come on top and are noted with the result, 'warm-self' from the
 model as it was before pruning, which has had the warm-up only. Each cell leaves a file in
-experiments/results/prune_lora; what is there is not run again. `--shard i/n` divides the cells between machines, `--minutes` fits them into the time there is.
-nbs/results/prune_lora.ipynb draws what exists.
+experiments/results/prune_lora; what is there is not run again. `--shard i/n` divides the cells between machines,
+`--minutes` fits them into the time there is. nbs/results/prune_lora.ipynb draws what exists.
 """
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
