@@ -4,6 +4,7 @@
     python experiments/moefication.py --data_dir DATA --jobs 2 --minutes 60
     python experiments/moefication.py --data_dir DATA --stage longer --jobs 2
     python experiments/moefication.py --data_dir DATA --stage sweep --jobs 2
+    python experiments/moefication.py --data_dir DATA --stage again --seeds 1 --jobs 2
 
 A MiniLM is fine-tuned, ReLU-fied in the middle and fine-tuned on; that is the dense model. Its feed-forward layers
 are split into experts of which a fifth runs for each token: chosen by an oracle or by a router. Then what is left to
@@ -13,8 +14,9 @@ same on the dense model. Of larger sets, 9,000 training rows serve. The task t5-
 small T5 that is trained here from nothing on all rows and recovers on 9,000 of them. The first command tries learning
 rates on a slice of the training rows, the second runs the comparison, the third gives some methods twice as many
 steps, the fourth changes one thing after the other: how many experts run, their size, how neurons are dealt out, what
-chooses, and the rank of the LoRA expert. Each cell leaves a file in experiments/results/moefication; what is there is
-not run again.
+chooses, and the rank of the LoRA expert. The fifth runs cells once more, on dense models that are trained once more with
+the same seeds, to see how much such a training varies. Each cell leaves a file in experiments/results/moefication; what
+is there is not run again.
 """
 from functools import lru_cache, partial
 from itertools import product
@@ -68,6 +70,8 @@ GRID = ('dense', 'mlp', 'mlp+compensated', 'mlp+both', 'mlp+both-expert', 'mlp+e
         'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'mlp+head', 'dynamic', 'dynamic+expert',
         'dynamic+fitted-expert')
 TRIED = 'mlp+fitted-distilled', *(f'mlp+{way}' for way in (*UNLABELLED, *WIDER))  # on slices: not in the comparison
+AGAIN = 'dense', 'mlp', 'mlp+fitted-expert', 'mlp+expert', 'mlp+compensated', 'oracle-distance', 'dynamic'
+AGAIN_COACT = 'mlp', 'mlp+compensated', 'oracle-distance'
 LONGER = 'mlp+fitted-expert', 'mlp+expert', 'mlp+full', 'dense+full'  # with twice as many steps
 SWEEPS = [
     *((way, dict(k=k)) for k in (5, 14, 24) for way in ('mlp', 'oracle-distance', 'dynamic')),
@@ -95,6 +99,14 @@ def grid(tasks, seeds, methods=GRID):
 def longer_grid(tasks, seeds, methods=LONGER):
     "Cells that train for as many epochs as the dense model did"
     return [Cell(task, method, setting(times=2), seed) for seed, method, task in product(seeds, methods, tasks)]
+
+
+def again_grid(tasks, seeds, methods=AGAIN):
+    "Cells of the comparison once more, and after co-activation; give them a `cache_dir` of their own"
+    once_more = dict(repeat=1)
+    return [Cell(task, method, setting(**once_more), seed) for seed, method, task in product(seeds, methods, tasks)] + [
+        Cell(task, method, setting(**COACT, **once_more), seed)
+        for seed, method, task in product(seeds, AGAIN_COACT, tasks) if method in methods]
 
 
 def sweep_grid(tasks, seeds):
@@ -243,7 +255,7 @@ def main(
     tasks: str = 'sst2,cola,mrpc,mnli',  # Tasks, with commas
     methods: str = '',                   # Methods, with commas; all of the stage if not given
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'tune' (learning rates), 'grid' (the comparison), 'longer' or 'sweep'
+    stage: str = 'grid',                 # 'tune' (learning rates), 'grid' (the comparison), 'longer', 'sweep', 'again'
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
@@ -256,6 +268,7 @@ def main(
     asked = methods.split(',') if methods else None
     cells = {'tune': tuning_grid, 'grid': lambda: grid(names, range(seeds), asked or GRID),
              'longer': lambda: longer_grid(names, range(seeds), asked or LONGER),
-             'sweep': lambda: sweep_grid(names, range(seeds))}[stage]()
+             'sweep': lambda: sweep_grid(names, range(seeds)),
+             'again': lambda: again_grid(names, range(seeds), asked or AGAIN)}[stage]()
     run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
                jobs=jobs)

@@ -2,6 +2,7 @@
 
     python experiments/prune_lora.py --data_dir DATA --stage tune --jobs 2
     python experiments/prune_lora.py --data_dir DATA --stage explore --jobs 2
+    python experiments/prune_lora.py --data_dir DATA --stage schedule --jobs 2
     python experiments/prune_lora.py --data_dir DATA --stage large --jobs 2
     python experiments/prune_lora.py --data_dir DATA --jobs 2 --minutes 60
     python experiments/prune_lora.py --data_dir DATA --stage longer --jobs 2
@@ -10,11 +11,12 @@
 
 The first command tries learning rates on a slice of the training rows, the second procedures of pruning on the same
 slice (in its method 'kept' one adapter lives through the pruning, where others merge it and begin a second one; that
-one on all rows too), the third some of them where there are rows enough to tell them apart, the fourth runs the grid
-with the best rates, the fifth gives every method three times as many passes, at the same rates. The last two do the
-same as the fourth for pruned models that learn from a teacher as well, in as many steps: 'warm-distill' from a tuned
-LoRA model of the same task and seed, whose own steps come on top and are noted with the result, 'warm-self' from the
-model as it was before pruning, which has had the warm-up only. Each cell leaves a file in
+one on all rows too), the third how the learning rate runs past the pruning, on slices of CoLA with several seeds, the
+fourth some procedures where there are rows enough to tell them apart, the fifth runs the grid with the best rates, the
+sixth gives every method three times as many passes, at the same rates. The last two do the same as the fifth for pruned
+models that learn from a teacher as well, in as many steps: 'warm-distill' from a tuned LoRA model of the same task and
+seed, whose own steps come on top and are noted with the result, 'warm-self' from the model as it was before pruning,
+which has had the warm-up only. Each cell leaves a file in
 experiments/results/prune_lora; what is there is not run again. `--shard i/n` divides the cells between machines,
 `--minutes` fits them into the time there is. nbs/results/prune_lora.ipynb draws what exists.
 """
@@ -82,6 +84,13 @@ def exploring_grid(seeds):
         Cell('cola', 'kept', setting(keep=36), seed) for seed in seeds]
 
 
+def schedule_grid(seeds):
+    "Cells that try how the learning rate runs past the pruning, beside LoRA, on slices of CoLA's training rows"
+    ways = [dict(schedule='whole'), dict(), dict(lr_after=5e-4), dict(adapter='kept', schedule='whole')]
+    return [Cell('cola', *cell, seed) for seed in seeds for cell in [
+        *(('explore', setting(keep=36, **way)) for way in ways), ('tune-lora', setting(lr=1e-3))]]
+
+
 def large_grid():
     "Cells that try procedures where there are rows enough to tell them apart; '' is LoRA"
     ways = ['', 'keep=36', 'keep=36,scale=2', 'keep=72', 'keep=36,lr_after=5e-04,scale=2', 'keep=36,even=1',
@@ -143,7 +152,7 @@ def recipe_of(cell):
     if way == 'lora' or (way == 'large' and 'keep' not in asked):
         return Recipe(method='lora', **common)
     if way in ('explore', 'large'):
-        for name in ('adapter', *AFTER):
+        for name in ('adapter', 'schedule', *AFTER):
             asked.pop(name, '')
         norm = {'normalize': None} if asked.pop('normalize', '') == 'none' else {}
         return Recipe(**{'warm_up': WARM_UP, **asked, **norm, **common})
@@ -151,13 +160,27 @@ def recipe_of(cell):
                   criterion='random' if way.startswith('random') else 'importance', **common)
 
 
-def warmed(task, recipe, cache):
+def pace(recipe, whole):
+    "How the learning rate runs before pruning: on the line of plain LoRA's, as far as it gets, or constant"
+    if not whole:
+        return dict(lr_scheduler_type='constant_with_warmup')
+    return dict(lr_scheduler_type='polynomial', lr_scheduler_kwargs={'lr_end': recipe.lr * (1 - recipe.warm_up)})
+
+
+def rate_after(recipe, whole):
+    "The learning rate right after pruning"
+    return recipe.lr * (1 - recipe.warm_up) if whole else recipe.lr
+
+
+def warmed(task, recipe, cache, whole=False):
     "A model after the recipe's warm-up; cells of one task and seed share it"
     def make():
         arch = Arch.from_pretrained('minilm', task, recipe.seed)
         return warm_up(arch, task, recipe.epochs * recipe.warm_up, recipe.r, recipe.lr, recipe.batch_size, recipe.seed,
-                       recipe.train, recipe.targets, recipe.lora_alpha, mixed_precision=recipe.mixed_precision)
-    key = task.name, recipe.seed, recipe.lr, recipe.epochs, recipe.warm_up, recipe.r, *recipe.targets
+                       recipe.train, recipe.targets, recipe.lora_alpha, mixed_precision=recipe.mixed_precision,
+                       **pace(recipe, whole))
+    key = (task.name, recipe.seed, recipe.lr, recipe.epochs, recipe.warm_up, recipe.r, *recipe.targets,
+           *['whole'] * whole)
     return kept(Path(cache) / '-'.join(map(str, key)), make)
 
 
@@ -208,15 +231,15 @@ def prune_and_adapt(arch, task, recipe, lr_after=None, scale=None, even=0):
     return Outcome(merge_lora(arch), imp, ranking_stability(derivatives, recipe.normalize))
 
 
-def prune_and_keep(arch, task, recipe):
+def prune_and_keep(arch, task, recipe, whole=False):
     "Prune-LoRA with one adapter that lives through the pruning, of the same rank in every layer"
-    settings = dict(lr=recipe.lr, batch_size=recipe.batch_size, mixed_precision=recipe.mixed_precision)
+    settings = dict(batch_size=recipe.batch_size, mixed_precision=recipe.mixed_precision)
     add_dsee(arch, recipe.r, 0, recipe.targets, lora_alpha=recipe.lora_alpha, train=recipe.train, seed=recipe.seed)
-    finetune(arch, task, recipe.epochs * recipe.warm_up, seed=recipe.seed, lr_scheduler_type='constant_with_warmup',
-             **settings)
+    finetune(arch, task, recipe.epochs * recipe.warm_up, recipe.lr, seed=recipe.seed, **pace(recipe, whole), **settings)
     derivatives, imp = measured(arch, task, recipe)
     prune_adapted_heads(arch, select_heads(imp, keep=recipe.keep))
-    finetune(arch, task, recipe.epochs * (1 - recipe.warm_up), seed=recipe.seed + 1000, **settings)
+    finetune(arch, task, recipe.epochs * (1 - recipe.warm_up), rate_after(recipe, whole), seed=recipe.seed + 1000,
+             **settings)
     return Outcome(merge_dsee(arch), imp, ranking_stability(derivatives, recipe.normalize))
 
 
@@ -230,10 +253,10 @@ def run(cell, data_dir, cache):
     if cell.method == 'large':
         task = replace(at_most(task, ROWS), validation=task.validation.select(range(min(SCORED, len(task.validation)))))
     rest, teacher = recipe, TEACHERS.get(cell.method, asked.get('teacher'))
-    keeps = 'kept' in (cell.method, asked.get('adapter'))
+    keeps, whole = 'kept' in (cell.method, asked.get('adapter')), asked.get('schedule') == 'whole'
     if not keeps and recipe.method == 'prune-lora' and recipe.warm_up and recipe.iterative_steps == 1:
-        arch = warmed(task, recipe, cache)
-        rest = replace(recipe, epochs=recipe.epochs * (1 - recipe.warm_up), warm_up=0)
+        arch = warmed(task, recipe, cache, whole)
+        rest = replace(recipe, epochs=recipe.epochs * (1 - recipe.warm_up), warm_up=0, lr=rate_after(recipe, whole))
     else:
         arch = Arch.from_pretrained('minilm', task, recipe.seed)
     extra = {}
@@ -245,7 +268,7 @@ def run(cell, data_dir, cache):
     elif any(name in asked for name in AFTER):
         outcome = prune_and_adapt(arch, task, rest, **{name: asked[name] for name in AFTER if name in asked})
     else:
-        outcome = prune_and_keep(arch, task, rest) if keeps else recipe_methods[rest.method](arch, task, rest, False)
+        outcome = prune_and_keep(arch, task, rest, whole) if keeps else recipe_methods[rest.method](arch, task, rest, False)
     return {**answers(outcome.arch, task), 'recipe': asdict(recipe), 'steps': steps_of(outcome.arch), **extra,
             'stability': outcome.stability,
             'importance': None if outcome.importance is None else outcome.importance.nan_to_num(-1).tolist(),
@@ -259,7 +282,7 @@ def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tasks: str = 'mrpc,rte,cola',        # Tasks, with commas
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'tune', 'explore', 'large', 'grid', 'longer', 'tune-distill', 'distill'
+    stage: str = 'grid',                 # 'tune', 'explore', 'schedule', 'large', 'grid', 'longer', 'tune-distill' or 'distill'
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
@@ -271,6 +294,7 @@ def main(
     names = tasks.split(',')
     cells = {'tune': tuning_grid, 'explore': lambda: exploring_grid(range(seeds)),
              'longer': lambda: longer_grid(names, range(seeds)), 'large': large_grid,
+             'schedule': lambda: schedule_grid(range(seeds)),
              'grid': lambda: grid(names, range(seeds)), 'tune-distill': distill_tuning_grid,
              'distill': lambda: distill_grid(names, range(seeds))}[stage]()
     run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
