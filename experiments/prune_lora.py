@@ -267,8 +267,10 @@ def run(cell, data_dir, cache):
         outcome = prune_and_distill(arch, task, rest, model, extra['weight'])
     elif any(name in asked for name in AFTER):
         outcome = prune_and_adapt(arch, task, rest, **{name: asked[name] for name in AFTER if name in asked})
+    elif keeps:
+        outcome = prune_and_keep(arch, task, rest, whole)
     else:
-        outcome = prune_and_keep(arch, task, rest, whole) if keeps else recipe_methods[rest.method](arch, task, rest, False)
+        outcome = recipe_methods[rest.method](arch, task, rest, False)
     return {**answers(outcome.arch, task), 'recipe': asdict(recipe), 'steps': steps_of(outcome.arch), **extra,
             'stability': outcome.stability,
             'importance': None if outcome.importance is None else outcome.importance.nan_to_num(-1).tolist(),
@@ -282,7 +284,7 @@ def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tasks: str = 'mrpc,rte,cola',        # Tasks, with commas
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'tune', 'explore', 'schedule', 'large', 'grid', 'longer', 'tune-distill' or 'distill'
+    stage: str = 'grid',                 # 'tune', 'explore', 'schedule', 'large', 'grid', 'longer', 'tune-distill', 'distill'
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
