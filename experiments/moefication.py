@@ -4,6 +4,7 @@
     python experiments/moefication.py --data_dir DATA --jobs 2 --minutes 60
     python experiments/moefication.py --data_dir DATA --stage longer --jobs 2
     python experiments/moefication.py --data_dir DATA --stage sweep --jobs 2
+    python experiments/moefication.py --data_dir DATA --stage budgets --tasks sst2,cola,mnli --seeds 1 --jobs 2
     python experiments/moefication.py --data_dir DATA --stage again --seeds 1 --jobs 2
 
 A MiniLM is fine-tuned, ReLU-fied in the middle and fine-tuned on; that is the dense model. Its feed-forward layers
@@ -14,8 +15,9 @@ same on the dense model. Of larger sets, 9,000 training rows serve. The task t5-
 small T5 that is trained here from nothing on all rows and recovers on 9,000 of them. The first command tries learning
 rates on a slice of the training rows, the second runs the comparison, the third gives some methods twice as many
 steps, the fourth changes one thing after the other: how many experts run, their size, how neurons are dealt out, what
-chooses, and the rank of the LoRA expert. The fifth runs cells once more, on dense models that are trained once more with
-the same seeds, to see how much such a training varies. Each cell leaves a file in experiments/results/moefication; what
+chooses, and the rank of the LoRA expert. The fifth lets a token run more or fewer experts, over several
+numbers of them. The last runs cells once more, on dense models that are trained once more with the same seeds, to see how
+much such a training varies. Each cell leaves a file in experiments/results/moefication; what
 is there is not run again.
 """
 from functools import lru_cache, partial
@@ -73,6 +75,7 @@ TRIED = 'mlp+fitted-distilled', *(f'mlp+{way}' for way in (*UNLABELLED, *WIDER))
 AGAIN = 'dense', 'mlp', 'mlp+fitted-expert', 'mlp+expert', 'mlp+compensated', 'oracle-distance', 'dynamic'
 AGAIN_COACT = 'mlp', 'mlp+compensated', 'oracle-distance'
 LONGER = 'mlp+fitted-expert', 'mlp+expert', 'mlp+full', 'dense+full'  # with twice as many steps
+BUDGETS = [{**k, **split} for split in ({}, COACT) for k in ({}, *(dict(k=k) for k in (5, 14, 24)))]
 SWEEPS = [
     *((way, dict(k=k)) for k in (5, 14, 24) for way in ('mlp', 'oracle-distance', 'dynamic')),
     *((way, dict(experts=E, k=k)) for E, k in ((12, 2), (24, 5), (96, 19)) for way in ('mlp', 'oracle-distance')),
@@ -107,6 +110,12 @@ def again_grid(tasks, seeds, methods=AGAIN):
     return [Cell(task, method, setting(**once_more), seed) for seed, method, task in product(seeds, methods, tasks)] + [
         Cell(task, method, setting(**COACT, **once_more), seed)
         for seed, method, task in product(seeds, AGAIN_COACT, tasks) if method in methods]
+
+
+def budget_grid(tasks, seeds):
+    "Cells that run as many experts for every token or more for some, over several budgets and two splits"
+    return [Cell(task, way, setting(**change), seed)
+            for seed, change, way, task in product(seeds, BUDGETS, ('mlp', 'dynamic'), tasks)]
 
 
 def sweep_grid(tasks, seeds):
@@ -255,7 +264,7 @@ def main(
     tasks: str = 'sst2,cola,mrpc,mnli',  # Tasks, with commas
     methods: str = '',                   # Methods, with commas; all of the stage if not given
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'tune' (learning rates), 'grid' (the comparison), 'longer', 'sweep', 'again'
+    stage: str = 'grid',                 # 'tune' (learning rates), 'grid' (the comparison), 'longer', 'sweep', 'budgets', 'again'
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
@@ -268,7 +277,7 @@ def main(
     asked = methods.split(',') if methods else None
     cells = {'tune': tuning_grid, 'grid': lambda: grid(names, range(seeds), asked or GRID),
              'longer': lambda: longer_grid(names, range(seeds), asked or LONGER),
-             'sweep': lambda: sweep_grid(names, range(seeds)),
+             'sweep': lambda: sweep_grid(names, range(seeds)), 'budgets': lambda: budget_grid(names, range(seeds)),
              'again': lambda: again_grid(names, range(seeds), asked or AGAIN)}[stage]()
     run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
                jobs=jobs)

@@ -284,7 +284,7 @@ def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tasks: str = 'mrpc,rte,cola',        # Tasks, with commas
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'tune', 'explore', 'schedule', 'large', 'grid', 'longer', 'tune-distill', 'distill'
+    stage: str = 'grid',                 # 'grid', or what is tried: 'tune', 'explore', 'schedule', 'large', 'longer' and so on
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
