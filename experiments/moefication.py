@@ -15,10 +15,9 @@ same on the dense model. Of larger sets, 9,000 training rows serve. The task t5-
 small T5 that is trained here from nothing on all rows and recovers on 9,000 of them. The first command tries learning
 rates on a slice of the training rows, the second runs the comparison, the third gives some methods twice as many
 steps, the fourth changes one thing after the other: how many experts run, their size, how neurons are dealt out, what
-chooses, and the rank of the LoRA expert. The fifth lets a token run more or fewer experts, over several
-numbers of them. The last runs cells once more, on dense models that are trained once more with the same seeds, to see how
-much such a training varies. Each cell leaves a file in experiments/results/moefication; what
-is there is not run again.
+chooses, and the rank of the LoRA expert. The fifth lets a token run more or fewer experts, over several numbers of them.
+The last runs cells once more, on dense models that are trained once more with the same seeds, to see how much such a
+training varies. Each cell leaves a file in experiments/results/moefication; what is there is not run again.
 """
 from functools import lru_cache, partial
 from itertools import product
@@ -52,8 +51,8 @@ RATES = {'expert': (2e-3, 1e-3, 4e-3), 'fitted-expert': (3e-4, 1e-3), 'fitted-no
          'fitted-distilled': (1e-3, 3e-4), 'fitted-unlabelled': (1e-3, 3e-4), 'both-unlabelled': (1e-3, 3e-4),
          'attention': (1e-3, 5e-4, 2e-3), 'full': (5e-5, 2e-5, 1e-4), 'head': (1e-3, 1e-2)}
 COACT, MANY = dict(split='coactivation'), dict(rows=8192)
-BESIDE = [('distilled-pooler', dict(times=3)), ('fitted-expert', dict(r=128)), ('fitted-expert', COACT), ('both', COACT),
-          *((way, {**MANY, **COACT}) for way in ('both', 'fitted', 'both-expert', 'fitted-distilled')),
+BESIDE = [('distilled-pooler', dict(times=3)), ('fitted-expert', dict(r=128)), ('fitted-expert', COACT),
+          ('both', COACT), *((way, {**MANY, **COACT}) for way in ('both', 'fitted', 'both-expert', 'fitted-distilled')),
           ('both', MANY), ('fitted', MANY), ('both-expert', dict(lr=3e-4, **MANY, **COACT))]  # tried at 1e-3 otherwise
 TUNED = ('sst2', 'cola')  # the tasks that rates are chosen on; the best on their mean is used for all
 ROUTERS = {'mlp': {}, 'paper': dict(contribution='activation', scale='batch'),  # settings of `fit_routers`
@@ -264,7 +263,7 @@ def main(
     tasks: str = 'sst2,cola,mrpc,mnli',  # Tasks, with commas
     methods: str = '',                   # Methods, with commas; all of the stage if not given
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'tune' (learning rates), 'grid' (the comparison), 'longer', 'sweep', 'budgets', 'again'
+    stage: str = 'grid',                 # 'grid' (the comparison), 'tune', 'longer', 'sweep', 'budgets' or 'again'
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side

@@ -16,9 +16,9 @@ fourth some procedures where there are rows enough to tell them apart, the fifth
 sixth gives every method three times as many passes, at the same rates. The last two do the same as the fifth for pruned
 models that learn from a teacher as well, in as many steps: 'warm-distill' from a tuned LoRA model of the same task and
 seed, whose own steps come on top and are noted with the result, 'warm-self' from the model as it was before pruning,
-which has had the warm-up only. Each cell leaves a file in
-experiments/results/prune_lora; what is there is not run again. `--shard i/n` divides the cells between machines,
-`--minutes` fits them into the time there is. nbs/results/prune_lora.ipynb draws what exists.
+which has had the warm-up only. Each cell leaves a file in experiments/results/prune_lora; what is there is not run
+again. `--shard i/n` divides the cells between machines, `--minutes` fits them into the time there is.
+nbs/results/prune_lora.ipynb draws what exists.
 """
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
@@ -284,7 +284,7 @@ def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tasks: str = 'mrpc,rte,cola',        # Tasks, with commas
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'grid', or what is tried: 'tune', 'explore', 'schedule', 'large', 'longer' and so on
+    stage: str = 'grid',                 # 'grid' (the comparison), 'tune', 'explore', 'schedule', 'large', 'longer' ...
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
