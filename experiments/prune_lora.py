@@ -85,10 +85,11 @@ def exploring_grid(seeds):
 
 
 def schedule_grid(seeds):
-    "Cells that try how the learning rate runs past the pruning, beside LoRA, on slices of CoLA's training rows"
-    ways = [dict(schedule='whole'), dict(), dict(lr_after=5e-4), dict(adapter='kept', schedule='whole')]
-    return [Cell('cola', *cell, seed) for seed in seeds for cell in [
-        *(('explore', setting(keep=36, **way)) for way in ways), ('tune-lora', setting(lr=1e-3))]]
+    "Cells that try how the learning rate runs past the pruning, and when to prune, on slices of CoLA's training rows"
+    whole = dict(schedule='whole')
+    ways = [dict(), dict(warm_up=0.8, **whole), whole, dict(lr_after=5e-4), dict(adapter='kept', **whole)]
+    return [Cell('cola', *cell, seed) for cell, seed in product([
+        ('tune-lora', setting(lr=1e-3)), *(('explore', setting(keep=36, **way)) for way in ways)], seeds)]
 
 
 def large_grid():

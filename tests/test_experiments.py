@@ -43,6 +43,19 @@ def test_the_adapter_after_pruning_has_the_scale_of_lora(prune_lora, tmp_path):
     assert len({str(r['loss']) for r in found}) == 3 and {r['steps'] for r in found} == {found[0]['steps']}
 
 
+def test_the_rate_of_lora_runs_on_past_the_pruning(prune_lora, tmp_path):
+    recipe = prune_lora.recipe_of(Cell('mrpc', 'explore', 'keep=5,schedule=whole,warm_up=8e-01'))
+    task, lr = prune_lora.load_task('mrpc'), recipe.lr
+    rates = {whole: [row['learning_rate'] for row in prune_lora.warmed(task, recipe, tmp_path, whole).history[-1]['log']]
+             for whole in (False, True)}
+    assert rates[False][1:] == [lr] * len(rates[False][1:])
+    assert lr > rates[True][1] > rates[True][-1] == pytest.approx(0.2 * lr, rel=0.6) and rates[True][-1] > 0.2 * lr
+    assert prune_lora.rate_after(recipe, True) == pytest.approx(0.2 * lr) and prune_lora.rate_after(recipe, False) == lr
+    found = [prune_lora.run(Cell('mrpc', 'explore', f'keep=5{more}'), data_dir='', cache=tmp_path)
+             for more in ('', ',schedule=whole', ',adapter=kept', ',adapter=kept,schedule=whole')]
+    assert len({str(r['loss']) for r in found}) == 4 and {r['steps'] for r in found} == {8}
+
+
 def test_longer_and_larger_cells(prune_lora, tmp_path, monkeypatch):
     monkeypatch.setattr(prune_lora, 'ROWS', 40)
     monkeypatch.setattr(prune_lora, 'SCORED', 8)

@@ -66,6 +66,19 @@ def test_every_cell_of_the_sweep_runs(script, tmp_path):
     assert {r['router']['router'] for (m, _), r in found.items() if m in ('hash', 'centroid')} == {'hash', 'centroid'}
 
 
+def test_cells_once_more_and_budgets_are_cells_that_there_are(script, tmp_path):
+    once = script.run(Cell('mrpc', 'mlp'), data_dir='', cache=tmp_path)
+    again = script.run(Cell('mrpc', 'mlp', 'repeat=1'), data_dir='', cache=tmp_path)
+    assert again['answers'] == once['answers'], 'of the same dense model, in one folder'
+    cells = script.again_grid(['mrpc'], [0], ('mlp', 'dynamic'))
+    assert [(c.method, c.setting) for c in cells] == [
+        ('mlp', 'repeat=1'), ('dynamic', 'repeat=1'), ('mlp', 'split=coactivation,repeat=1')]
+    budgets = script.budget_grid(['mrpc'], [0])
+    assert len({c.name for c in budgets}) == len(budgets) == 2 * 2 * 4
+    swept = {c.name for c in script.grid(['mrpc'], [0]) + script.sweep_grid(['mrpc'], [0])}
+    assert {c.name for c in budgets} <= swept, 'no run is asked for under two names'
+
+
 def test_the_small_t5_takes_part(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, 'load_task', lambda *args, **kwargs: replace(
         toy_sentences(n_train=64, n_validation=24), name='sst2', text_columns=('sentence',)))
