@@ -1,4 +1,5 @@
-"""The parts of MoEfication one by one: how a ReLU comes in, what routers learn from, how a LoRA expert starts.
+"""The parts of MoEfication one by one: how a ReLU comes in, what routers learn from, how a LoRA expert starts, and what
+training for sparse activations is worth.
 
     python experiments/expert_choices.py --data_dir DATA --jobs 2
 
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 from fastcore.script import call_parse, store_true
-from moefication import DEFAULTS, calibration, dense_model, epochs_of, half, load, routed
+from moefication import COACT, DEFAULTS, calibration, dense_model, epochs_of, half, load, routed
 from shared import answers, choices, kept, need_data, setting, slice_of, steps_of
 
 from tpa_nb.arch import Arch
@@ -26,13 +27,14 @@ RELU = ('gelu', 'gelu-on', 'relu', 'relu-on', 'biases', 'biases-on', 'relu-first
 ROUTERS = [dict(contribution=kind, scale=scale) for kind in ('activation', 'output', 'distance')
            for scale in ('batch', 'token')]
 EXPERTS = [dict(lr=2e-3), dict(lr=2e-3, lora_alpha=128), dict(lr=5e-4), dict(lr=2e-3, init='normal', lora_alpha=1)]
+SPARSE = [dict(weight=w, **k) for w in (0, 1, 3, 0.2) for k in ({}, dict(k=10), dict(k=5))]  # without k: dense
 
 
 def grid(seeds):
     "The cells, each with one choice"
     return [Cell(TASK, *cell, seed) for seed in seeds for cell in [
         *((way, '') for way in RELU), *(('router', setting(**way)) for way in ROUTERS),
-        *(('expert', setting(**way)) for way in EXPERTS)]]
+        *(('expert', setting(**way)) for way in EXPERTS), *(('sparse', setting(**way)) for way in SPARSE)]]
 
 
 def with_relu(way, task, seed, cache):
@@ -59,6 +61,12 @@ def run(cell, data_dir, cache):
     if cell.method in RELU:
         arch = with_relu(cell.method, task, cell.seed, cache)
         zeros = activation_sparsity(arch, calibration(task, cell.seed), 4096)
+    elif cell.method == 'sparse':
+        arch = dense_model(task, cell.seed, cache, asked['weight'])
+        zeros = activation_sparsity(arch, calibration(task, cell.seed), 4096)
+        if 'k' in asked:
+            arch = routed(arch, task, cell.seed, {**DEFAULTS, **COACT, 'k': asked['k']})
+            layers = arch.history[-1]['layers']
     else:
         arch = routed(dense_model(task, cell.seed, cache), task, cell.seed, DEFAULTS,
                       **(asked if cell.method == 'router' else {}))

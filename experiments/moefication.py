@@ -6,6 +6,7 @@
     python experiments/moefication.py --data_dir DATA --stage sweep --jobs 2
     python experiments/moefication.py --data_dir DATA --stage budgets --tasks sst2,cola,mnli --seeds 1 --jobs 2
     python experiments/moefication.py --data_dir DATA --stage again --seeds 1 --jobs 2
+    python experiments/moefication.py --data_dir DATA --stage sparse --tasks sst2,cola --seeds 1 --jobs 2
 
 A MiniLM is fine-tuned, ReLU-fied in the middle and fine-tuned on; that is the dense model. Its feed-forward layers
 are split into experts of which a fifth runs for each token: chosen by an oracle or by a router. Then what is left to
@@ -15,9 +16,10 @@ same on the dense model. Of larger sets, 9,000 training rows serve. The task t5-
 small T5 that is trained here from nothing on all rows and recovers on 9,000 of them. The first command tries learning
 rates on a slice of the training rows, the second runs the comparison, the third gives some methods twice as many
 steps, the fourth changes one thing after the other: how many experts run, their size, how neurons are dealt out, what
-chooses, and the rank of the LoRA expert. The fifth lets a token run more or fewer experts, over several numbers of them.
-The last runs cells once more, on dense models that are trained once more with the same seeds, to see how much such a
-training varies. Each cell leaves a file in experiments/results/moefication; what is there is not run again.
+chooses, and the rank of the LoRA expert. The fifth lets a token run more or fewer experts, over several numbers of
+them, the sixth runs cells once more, on dense models that are trained once more with the same seeds, to see how much
+such a training varies. The last trains dense models for sparse activations too, and others as ever beside them, all in
+one folder of shared models. Each cell leaves a file in experiments/results/moefication; what is there is not run again.
 """
 from functools import lru_cache, partial
 from itertools import product
@@ -37,6 +39,7 @@ from tpa_nb.moe import expert_usage, moefy, moes, set_router
 from tpa_nb.profile import count_flops, count_params
 from tpa_nb.router import OracleRouter, activation_sparsity, fit_routers, relufy, set_dynamic_k
 from tpa_nb.runner import Cell, best_setting, read_cells, run_script
+from tpa_nb.sparsity import SparsityLoss
 from tpa_nb.tasks import load_task
 from tpa_nb.train import finetune
 
@@ -45,7 +48,7 @@ EPOCHS = {'sst2': 2, 'mnli': 2, 'mrpc': 4, 'cola': 4, 'rte': 6, 't5-sst2': 3}  #
 ROWS = 9000            # training rows at most, of the larger sets, drawn at random; the same for all methods
 RECOVERY = 0.5         # epochs of every recovery, as a share of the dense model's
 DENSE_LR, T5_LR = 1e-4, 1e-3  # the T5 begins with random weights
-DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32, times=1, rows=2048)  # a fifth of them; T5 is as wide as MiniLM
+DEFAULTS = dict(experts=48, k=10, split='kmeans', r=32, times=1, rows=2048, sparse=0)  # T5 is as wide as MiniLM
 RATES = {'expert': (2e-3, 1e-3, 4e-3), 'fitted-expert': (3e-4, 1e-3), 'fitted-norm': (1e-3, 3e-4),
          'fitted-pooler': (1e-3, 3e-4), 'distilled-pooler': (1e-3, 3e-4),
          'fitted-distilled': (1e-3, 3e-4), 'fitted-unlabelled': (1e-3, 3e-4), 'both-unlabelled': (1e-3, 3e-4),
@@ -73,6 +76,7 @@ GRID = ('dense', 'mlp', 'mlp+compensated', 'mlp+both', 'mlp+both-expert', 'mlp+e
 TRIED = 'mlp+fitted-distilled', *(f'mlp+{way}' for way in (*UNLABELLED, *WIDER))  # on slices: not in the comparison
 AGAIN = 'dense', 'mlp', 'mlp+fitted-expert', 'mlp+expert', 'mlp+compensated', 'oracle-distance', 'dynamic'
 AGAIN_COACT = 'mlp', 'mlp+compensated', 'oracle-distance'
+SPARSE_WAYS = 'mlp', 'mlp+compensated', 'mlp+fitted-expert'
 LONGER = 'mlp+fitted-expert', 'mlp+expert', 'mlp+full', 'dense+full'  # with twice as many steps
 BUDGETS = [{**k, **split} for split in ({}, COACT) for k in ({}, *(dict(k=k) for k in (5, 14, 24)))]
 SWEEPS = [
@@ -117,6 +121,13 @@ def budget_grid(tasks, seeds):
             for seed, change, way, task in product(seeds, BUDGETS, ('mlp', 'dynamic'), tasks)]
 
 
+def sparse_grid(tasks, seeds):
+    "Cells whose dense model was trained for sparse activations as well, and what they are compared with"
+    ways = [('dense', {}), *((way, {**k, **COACT}) for k in ({}, dict(k=5)) for way in SPARSE_WAYS)]
+    return [Cell(task, way, setting(**change, **sparse), seed) for seed, (way, change), sparse, task in
+            product(seeds, ways, (dict(sparse=1), dict(repeat=2)), tasks)]
+
+
 def sweep_grid(tasks, seeds):
     "Cells that differ from the comparison in one thing"
     return [Cell(task, method, setting(**change), seed)
@@ -141,15 +152,17 @@ def epochs_of(task):
     return EPOCHS[task.name.removesuffix('_partial')]
 
 
-def half(arch, task, seed, part=0):
-    "Half of a dense MiniLM's training, the first or the second"
-    return finetune(arch, task, epochs_of(task) / 2, DENSE_LR, seed=seed + 1000 * part, mixed_precision='bf16')
+def half(arch, task, seed, part=0, sparse=0):
+    "Half of a dense MiniLM's training, the first or the second, with a weight for sparse activations"
+    added = [SparsityLoss(arch, sparse)] if sparse else []
+    return finetune(arch, task, epochs_of(task) / 2, DENSE_LR, seed=seed + 1000 * part, mixed_precision='bf16',
+                    added=added)
 
 
-def relufied(task, seed):
+def relufied(task, seed, sparse=0):
     "A MiniLM whose GELU becomes a ReLU half-way through its training"
     arch = half(Arch.from_pretrained('minilm', task, seed), task, seed)
-    return half(relufy(arch, calibration(task, seed)), task, seed, 1)
+    return half(relufy(arch, calibration(task, seed)), task, seed, 1, sparse)
 
 
 def trained_t5(task, seed):
@@ -158,10 +171,10 @@ def trained_t5(task, seed):
                     mixed_precision='bf16')
 
 
-def dense_model(task, seed, cache):
+def dense_model(task, seed, cache, sparse=0):
     "A model with ReLU, tuned on the task; cells of one task and seed share it"
-    make = trained_t5 if task.name.startswith(PREFIX) else relufied
-    return kept(Path(cache) / f"dense-{task.name}-{seed}", partial(make, task, seed))
+    make = trained_t5 if task.name.startswith(PREFIX) else partial(relufied, sparse=sparse)
+    return kept(Path(cache) / f"dense-{task.name}-{seed}{f'-{sparse:g}' if sparse else ''}", partial(make, task, seed))
 
 
 def calibration(task, seed, rows=DEFAULTS['rows']):
@@ -180,14 +193,16 @@ def routed(dense, task, seed, asked, **router):
 
 def routed_model(task, seed, way, asked, cache):
     "The dense model, split and routed; cells of one task, seed and split share it"
-    name = '-'.join(map(str, (way, asked['experts'], asked['k'], asked['split'], task.name, seed)))
-    return kept(Path(cache) / name, lambda: routed(dense_model(task, seed, cache), task, seed, asked, **ROUTERS[way]))
+    sparse = asked['sparse']
+    name = (way, asked['experts'], asked['k'], asked['split'], task.name, seed, *([f'{sparse:g}'] if sparse else []))
+    return kept(Path(cache) / '-'.join(map(str, name)),
+                lambda: routed(dense_model(task, seed, cache, sparse), task, seed, asked, **ROUTERS[way]))
 
 
 def model_of(way, task, seed, asked, cache):
     "The model before anything is won back"
     if way == 'dense':
-        return dense_model(task, seed, cache)
+        return dense_model(task, seed, cache, asked['sparse'])
     arch = routed_model(task, seed, way if way in ROUTERS else 'mlp', asked, cache)
     if way.startswith('oracle'):
         for row in moes(arch):
@@ -206,7 +221,7 @@ def recover(arch, task, way, lr, asked, seed, cache):
     if way in FITTED:
         fit_lora_expert(arch, few, seed=seed)
     if way in COMPENSATED:
-        compensate_routing(arch, dense_model(task, seed, cache), few)
+        compensate_routing(arch, dense_model(task, seed, cache, asked['sparse']), few)
     if way == 'attention':
         add_lora(arch, r=8, seed=seed)
     if way in ('full', 'head'):
@@ -216,7 +231,8 @@ def recover(arch, task, way, lr, asked, seed, cache):
     trainable = sum(p.numel() for p in arch.model.parameters() if p.requires_grad)
     settings = dict(lr=lr, seed=seed + 2000, mixed_precision='bf16')
     if way in DISTILLED:
-        distill(arch, dense_model(task, seed, cache), trained_on, epochs, labels=way not in UNLABELLED, **settings)
+        distill(arch, dense_model(task, seed, cache, asked['sparse']), trained_on, epochs,
+                labels=way not in UNLABELLED, **settings)
     elif way not in UNTRAINED:
         finetune(arch, trained_on, epochs, **settings)
     if way in EXPERT_WAYS:
@@ -263,7 +279,7 @@ def main(
     tasks: str = 'sst2,cola,mrpc,mnli',  # Tasks, with commas
     methods: str = '',                   # Methods, with commas; all of the stage if not given
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'grid' (the comparison), 'tune', 'longer', 'sweep', 'budgets' or 'again'
+    stage: str = 'grid',                 # 'grid' (the comparison), 'tune', 'longer', 'sweep', 'budgets' ...
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
@@ -277,6 +293,7 @@ def main(
     cells = {'tune': tuning_grid, 'grid': lambda: grid(names, range(seeds), asked or GRID),
              'longer': lambda: longer_grid(names, range(seeds), asked or LONGER),
              'sweep': lambda: sweep_grid(names, range(seeds)), 'budgets': lambda: budget_grid(names, range(seeds)),
+             'sparse': lambda: sparse_grid(names, range(seeds)),
              'again': lambda: again_grid(names, range(seeds), asked or AGAIN)}[stage]()
     run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
                jobs=jobs)

@@ -14,7 +14,8 @@ from tpa_nb.tasks import toy_sentences
 def script(experiment):
     "The script on a toy"
     return experiment('moefication', best_rate=lambda way: 1e-3, EPOCHS={'mrpc': 2},
-                      DEFAULTS=dict(experts=8, k=2, split='kmeans', r=32, times=1, rows=2048))
+                      DEFAULTS=dict(experts=8, k=2, split='kmeans', r=32, times=1, rows=2048,
+                                    sparse=0))
 
 
 def test_methods_share_models_and_get_equal_steps(script, tmp_path):
@@ -79,6 +80,18 @@ def test_cells_once_more_and_budgets_are_cells_that_there_are(script, tmp_path):
     assert {c.name for c in budgets} <= swept, 'no run is asked for under two names'
 
 
+def test_dense_models_that_were_trained_for_sparse_activations(script, tmp_path):
+    found = {s: script.run(Cell('mrpc', 'dense', s), data_dir='', cache=tmp_path) for s in ('repeat=2', 'sparse=3')}
+    assert found['repeat=2']['steps'] == found['sparse=3']['steps']
+    assert sum(found['sparse=3']['zeros']) > sum(found['repeat=2']['zeros']), 'a few steps show it'
+    routed = script.run(Cell('mrpc', 'mlp', 'split=coactivation,sparse=3'), data_dir='', cache=tmp_path)
+    assert routed['steps'] == found['sparse=3']['steps'] and routed['mean_k'] == [2, 2]
+    names = {p.name for p in (tmp_path / 'whole').iterdir() if p.is_dir()}
+    assert names == {'dense-mrpc-0', 'dense-mrpc-0-3', 'mlp-8-2-coactivation-mrpc-0-3'}
+    cells = script.sparse_grid(['mrpc'], [0])
+    assert len({c.name for c in cells}) == len(cells) == 2 * (1 + 2 * 3)
+
+
 def test_the_small_t5_takes_part(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, 'load_task', lambda *args, **kwargs: replace(
         toy_sentences(n_train=64, n_validation=24), name='sst2', text_columns=('sentence',)))
@@ -105,7 +118,8 @@ def test_the_parts_one_by_one(experiment, tmp_path):
     task = replace(toy_sentences(n_train=80, n_validation=8), name='sst2').with_max_length(24)
     script = experiment('expert_choices', load=lambda *args: task, epochs_of=lambda task: 2,
                         DEFAULTS=dict(experts=8, k=2, split='kmeans', r=4),
-                        dense_model=lambda task, seed, cache: relufy(tiny_arch('bert', seed=seed)))
+                        SPARSE=[dict(weight=1, **k) for k in ({}, dict(k=2))],
+                        dense_model=lambda task, seed, cache, sparse=0: relufy(tiny_arch('bert', seed=seed)))
     found = {(c.method, c.setting): script.run(c, data_dir='', cache=tmp_path) for c in script.grid([0])}
     assert found['gelu', '']['rows'] == {'train': 64, 'validation': 16}, 'a slice of the training rows'
     steps = {way: found[way, '']['steps'] for way in script.RELU if way != 'biases-on'}
@@ -116,3 +130,4 @@ def test_the_parts_one_by_one(experiment, tmp_path):
     distance, activation = (errors[f'contribution={kind},scale=token'] for kind in ('distance', 'activation'))
     assert distance['error_oracle'] < activation['error_oracle'], 'the best by distance leaves out less'
     assert {r['steps'] for (m, s), r in found.items() if m == 'expert'} == {2}
+    assert found['sparse', 'weight=1']['layers'] is None is not found['sparse', 'weight=1,k=2']['layers']

@@ -28,6 +28,7 @@ from .bench import *
 from .gpu_experts import *
 from .backends import *
 from .compensate import *
+from .sparsity import *
 from .distill import *
 from .moebert import *
 from .compensate_routing import *
