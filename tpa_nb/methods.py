@@ -29,6 +29,7 @@ from .prune import prune_heads, prune_iteratively, prune_neurons, select_heads, 
 from .recipe import Recipe, _checks, register_method
 from .router import relufy, set_dynamic_k
 from .save import open_model
+from .sparsity import SparsityLoss
 from .split import _n_experts
 from .tasks import Task
 from .train import evaluate_model, finetune, warm_up
@@ -249,21 +250,28 @@ def _select(arch, imp, recipe):
 # %% ../nbs/36_methods.ipynb #01d9479d
 def _moefy(arch, task, recipe, progress):
     "Fine-tune with ReLU, split, route, train an always-on expert, fold it (Zhang et al. 2022; Tsai and Martin)"
-    first, calibration = recipe.epochs * recipe.warm_up, _calibration(task, recipe)
-    if first:
-        _train(arch, task, recipe, first / 2 if recipe.relu else first, recipe.full_lr, progress)
-    if recipe.relu:
-        relufy(arch, calibration, seed=recipe.seed)
-        if first:
-            _train(arch, task, recipe, first / 2, recipe.full_lr, progress, part=1)
+    calibration = _calibration(task, recipe)
+    _dense(arch, task, recipe, calibration, progress)
     k = _to_experts(arch, recipe, calibration)
-    _train(arch, task, recipe, recipe.epochs - first, recipe.lr if recipe.expert_r else recipe.full_lr, progress,
-           part=2)
+    _train(arch, task, recipe, recipe.epochs - recipe.epochs * recipe.warm_up,
+           recipe.lr if recipe.expert_r else recipe.full_lr, progress, part=2)
     if recipe.expert_r:
         fold_lora_expert(arch)
     if recipe.dynamic:  # training has moved the scores
         set_dynamic_k(arch, calibration, k, seed=recipe.seed)
     return Outcome(arch)
+
+def _dense(arch, task, recipe, calibration, progress):
+    "Fine-tune for the warm-up, from half of it on with ReLU, and for sparse activations, as the recipe asks"
+    first = recipe.epochs * recipe.warm_up
+    if recipe.relu:
+        if first:
+            _train(arch, task, recipe, first / 2, recipe.full_lr, progress)
+        relufy(arch, calibration, seed=recipe.seed)
+    if first:
+        added = [SparsityLoss(arch, recipe.sparsity_weight)] if recipe.sparsity_weight else []
+        _train(arch, task, recipe, first / 2 if recipe.relu else first, recipe.full_lr, progress, added=added,
+               part=int(recipe.relu))
 
 def _to_experts(arch, recipe, calibration):
     "Split, route and add what is always on, by the recipe; how many experts a token runs comes back"
@@ -362,6 +370,8 @@ def _check_moebert(arch, task, recipe):
 
 def _check_moefy(arch, task, recipe):
     "Raise unless the layers can be split and routed, on a few rows, and get what is always on"
+    if recipe.sparsity_weight and not recipe.warm_up:
+        raise ValueError("`sparsity_weight` acts while the dense model trains: `warm_up` must be above 0")
     few = replace(recipe, calibration=min(32, recipe.calibration), split='random')
     try:
         _to_experts(arch, few, _calibration(task, few))
@@ -387,7 +397,7 @@ _READS = {'full': (*_TRAIN, 'full_lr'), 'lora': (*_TRAIN, *_ADAPT), 'none': (), 
           'prune-lora': (*_SHRINK, 'warm_up', 'ranks', 'r_high', 'r_low', 'top_blocks', *_TRAIN, *_ADAPT),
           'dsee': (*_CUT, 'weight_ratio', 'iterative_steps', 'warm_up', 'calibration', 'n_sparse', 'support', *_TRAIN,
                    *_ADAPT),
-          'moefy': (*_SPLIT, 'fit_expert', 'relu', 'warm_up', 'train', 'lr', 'full_lr', *_TRAIN),
+          'moefy': (*_SPLIT, 'fit_expert', 'relu', 'sparsity_weight', 'warm_up', 'train', 'lr', 'full_lr', *_TRAIN),
           'route': (*_SPLIT, 'compensate'),
           'moebert': ('expert_size', 'shared', 'n_experts', 'router', 'criterion', 'calibration', 'warm_up', 'full_lr',
                       *_TRAIN)}

@@ -64,6 +64,7 @@ class _Mixing(_Adapting):
     expert_r: int = 32                   # 'moefy': neurons of the expert that is always on; 0: train all weights
     fit_expert: bool = True              # 'moefy': teach it what routing leaves out before it trains? (the papers: no)
     relu: bool = True                    # 'moefy': exchange the activation for a ReLU, halfway through the warm-up?
+    sparsity_weight: float = 0.0         # 'moefy': weight of a loss, before the split, that lets fewer neurons work
     expert_size: int | None = None       # 'moebert': neurons that a token runs; by default a quarter
     shared: int | None = None            # 'moebert': those that all experts share; by default two thirds of them
 
@@ -137,6 +138,8 @@ def _check_numbers(recipe):
     if not (0 <= (recipe.distill_weight or 0) < math.inf and 0 < recipe.temperature < math.inf):
         raise ValueError(f"`distill_weight` must be 0 or more and `temperature` above 0, got {recipe.distill_weight!r} "
                          f"and {recipe.temperature!r}")
+    if not 0 <= recipe.sparsity_weight < math.inf:
+        raise ValueError(f"`sparsity_weight` must be 0 or more, and finite, got {recipe.sparsity_weight!r}")
     least = {'calibration': 1, 'n_sparse': 0, 'expert_r': 0, 'r': 1, 'r_high': 1, 'r_low': 1, 'batch_size': 1,
              'min_heads': 1, 'round_to': 1, 'iterative_steps': 1}
     if_given = {'n_experts': 1, 'k': 1, 'expert_size': 1, 'shared': 0, 'top_blocks': 0}
