@@ -273,6 +273,7 @@ def _dense(arch, task, recipe, calibration, progress):
         _train(arch, task, recipe, first / 2 if recipe.relu else first, recipe.full_lr, progress, added=added,
                part=int(recipe.relu))
 
+# %% ../nbs/36_methods.ipynb #5eb2fe90
 def _to_experts(arch, recipe, calibration):
     "Split, route and add what is always on, by the recipe; how many experts a token runs comes back"
     n, k, on_uneven = _experts(arch, recipe)
