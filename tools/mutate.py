@@ -67,6 +67,13 @@ MUTANTS = (
            '2 * 2 * batch_size * seq_len ** 2', '2 * batch_size * seq_len ** 2'),
     Mutant('other heads cut when a checkpoint is rebuilt', '08_save',
            'attn.keep_heads(kept)', 'attn.keep_heads(list(range(len(kept))))'),
+    Mutant('scale forgotten when a LoRA expert is folded', '23_lora_expert',
+           "'down': expert.scaling * expert.lora_down", "'down': expert.lora_down"),
+    Mutant('padding counted among the tokens that are to be sparse', '29_sparsity',
+           'active_share(h[_real_tokens(self.arch, ffn, batch, len(h))])', 'active_share(h)'),
+    Mutant('a copy of the model takes part in the loss of the original', '29_sparsity', 'module is own() and ', ''),
+    Mutant('what all tokens share forgotten where others take over', '32_compensate_routing',
+           'y - moe.experts(x, chosen, moe.shared)', 'y - moe.experts(x, chosen)'),
 )
 
 
