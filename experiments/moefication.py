@@ -123,7 +123,8 @@ def budget_grid(tasks, seeds):
 
 def sparse_grid(tasks, seeds):
     "Cells whose dense model was trained for sparse activations as well, and what they are compared with"
-    ways = [('dense', {}), *((way, COACT) for way in SPARSE_WAYS), *((way, dict(k=5, **COACT)) for way in SPARSE_WAYS[:2])]
+    ways = [('dense', {}), *((way, COACT) for way in SPARSE_WAYS),
+            *((way, dict(k=5, **COACT)) for way in SPARSE_WAYS[:2])]
     return [Cell(task, way, setting(**change, **sparse), seed) for seed, (way, change), sparse, task in
             product(seeds, ways, (dict(sparse=1), dict(repeat=2)), tasks)]
 
