@@ -6,7 +6,6 @@
     python experiments/moefication.py --data_dir DATA --stage sweep --jobs 2
     python experiments/moefication.py --data_dir DATA --stage budgets --tasks sst2,cola,mnli --seeds 1 --jobs 2
     python experiments/moefication.py --data_dir DATA --stage again --seeds 1 --jobs 2
-    python experiments/moefication.py --data_dir DATA --stage sparse --tasks sst2,cola --seeds 1 --jobs 2
 
 A MiniLM is fine-tuned, ReLU-fied in the middle and fine-tuned on; that is the dense model. Its feed-forward layers
 are split into experts of which a fifth runs for each token: chosen by an oracle or by a router. Then what is left to
@@ -17,9 +16,10 @@ small T5 that is trained here from nothing on all rows and recovers on 9,000 of 
 rates on a slice of the training rows, the second runs the comparison, the third gives some methods twice as many
 steps, the fourth changes one thing after the other: how many experts run, their size, how neurons are dealt out, what
 chooses, and the rank of the LoRA expert. The fifth lets a token run more or fewer experts, over several numbers of
-them, the sixth runs cells once more, on dense models that are trained once more with the same seeds, to see how much
-such a training varies. The last trains dense models for sparse activations too, and others as ever beside them, all in
-one folder of shared models. Each cell leaves a file in experiments/results/moefication; what is there is not run again.
+them, the last runs cells once more, on dense models that are trained once more with the same seeds, to see how much such
+a training varies. With `sparse=1` in its setting a cell has a dense model that was trained for sparse activations too;
+experiments/expert_choices.py tries them. Each cell leaves a file in experiments/results/moefication; what is there is not
+run again.
 """
 from functools import lru_cache, partial
 from itertools import product
@@ -76,7 +76,6 @@ GRID = ('dense', 'mlp', 'mlp+compensated', 'mlp+both', 'mlp+both-expert', 'mlp+e
 TRIED = 'mlp+fitted-distilled', *(f'mlp+{way}' for way in (*UNLABELLED, *WIDER))  # on slices: not in the comparison
 AGAIN = 'dense', 'mlp', 'mlp+fitted-expert', 'mlp+expert', 'mlp+compensated', 'oracle-distance', 'dynamic'
 AGAIN_COACT = 'mlp', 'mlp+compensated', 'oracle-distance'
-SPARSE_WAYS = 'mlp', 'mlp+compensated', 'mlp+fitted-expert'
 LONGER = 'mlp+fitted-expert', 'mlp+expert', 'mlp+full', 'dense+full'  # with twice as many steps
 BUDGETS = [{**k, **split} for split in ({}, COACT) for k in ({}, *(dict(k=k) for k in (5, 14, 24)))]
 SWEEPS = [
@@ -119,14 +118,6 @@ def budget_grid(tasks, seeds):
     "Cells that run as many experts for every token or more for some, over several budgets and two splits"
     return [Cell(task, way, setting(**change), seed)
             for seed, change, way, task in product(seeds, BUDGETS, ('mlp', 'dynamic'), tasks)]
-
-
-def sparse_grid(tasks, seeds):
-    "Cells whose dense model was trained for sparse activations as well, and what they are compared with"
-    ways = [('dense', {}), *((way, COACT) for way in SPARSE_WAYS),
-            *((way, dict(k=5, **COACT)) for way in SPARSE_WAYS[:2])]
-    return [Cell(task, way, setting(**change, **sparse), seed) for seed, (way, change), sparse, task in
-            product(seeds, ways, (dict(sparse=1), dict(repeat=2)), tasks)]
 
 
 def sweep_grid(tasks, seeds):
@@ -280,7 +271,7 @@ def main(
     tasks: str = 'sst2,cola,mrpc,mnli',  # Tasks, with commas
     methods: str = '',                   # Methods, with commas; all of the stage if not given
     seeds: int = 2,                      # Seeds 0, 1, ...
-    stage: str = 'grid',                 # 'grid' (the comparison), 'tune', 'longer', 'sweep', 'budgets' ...
+    stage: str = 'grid',                 # 'grid' (the comparison), 'tune', 'longer', 'sweep', 'budgets', 'again'
     shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
     minutes: float = None,               # Begin no cell that would not end within this time
     jobs: int = 1,                       # Cells side by side
@@ -294,7 +285,6 @@ def main(
     cells = {'tune': tuning_grid, 'grid': lambda: grid(names, range(seeds), asked or GRID),
              'longer': lambda: longer_grid(names, range(seeds), asked or LONGER),
              'sweep': lambda: sweep_grid(names, range(seeds)), 'budgets': lambda: budget_grid(names, range(seeds)),
-             'sparse': lambda: sparse_grid(names, range(seeds)),
              'again': lambda: again_grid(names, range(seeds), asked or AGAIN)}[stage]()
     run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
                jobs=jobs)
