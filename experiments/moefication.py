@@ -16,10 +16,10 @@ small T5 that is trained here from nothing on all rows and recovers on 9,000 of 
 rates on a slice of the training rows, the second runs the comparison, the third gives some methods twice as many
 steps, the fourth changes one thing after the other: how many experts run, their size, how neurons are dealt out, what
 chooses, and the rank of the LoRA expert. The fifth lets a token run more or fewer experts, over several numbers of
-them, the last runs cells once more, on dense models that are trained once more with the same seeds, to see how much such
-a training varies. With `sparse=1` in its setting a cell has a dense model that was trained for sparse activations too;
-experiments/expert_choices.py tries them. Each cell leaves a file in experiments/results/moefication; what is there is not
-run again.
+them, the last runs cells once more, on dense models that are trained once more with the same seeds, to see how much
+such a training varies. With `sparse=1` in its setting a cell has a dense model that was trained for sparse activations
+too; experiments/expert_choices.py tries that. Each cell leaves a file in experiments/results/moefication; what is there
+is not run again.
 """
 from functools import lru_cache, partial
 from itertools import product
