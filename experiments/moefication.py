@@ -74,7 +74,8 @@ GRID = ('dense', 'mlp', 'mlp+compensated', 'mlp+both', 'mlp+both-expert', 'mlp+e
         'mlp+full', 'dense+expert', 'dense+full', 'mlp+attention', 'mlp+head', 'dynamic', 'dynamic+expert',
         'dynamic+fitted-expert')
 TRIED = 'mlp+fitted-distilled', *(f'mlp+{way}' for way in (*UNLABELLED, *WIDER))  # on slices: not in the comparison
-AGAIN = 'dense', 'mlp', 'mlp+fitted-expert', 'mlp+expert', 'mlp+compensated', 'oracle-distance', 'dynamic'
+AGAIN = ('dense', 'mlp', 'mlp+fitted-expert', 'mlp+expert', 'mlp+compensated', 'oracle-distance', 'dynamic', 'mlp+full',
+         'mlp+attention', 'mlp+head')
 AGAIN_COACT = 'mlp', 'mlp+compensated', 'oracle-distance'
 LONGER = 'mlp+fitted-expert', 'mlp+expert', 'mlp+full', 'dense+full'  # with twice as many steps
 BUDGETS = [{**k, **split} for split in ({}, COACT) for k in ({}, *(dict(k=k) for k in (5, 14, 24)))]
