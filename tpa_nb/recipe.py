@@ -64,7 +64,7 @@ class _Mixing(_Adapting):
     expert_r: int = 32                   # 'moefy': neurons of the expert that is always on; 0: train all weights
     fit_expert: bool = True              # 'moefy': teach it what routing leaves out before it trains? (the papers: no)
     relu: bool = True                    # 'moefy': exchange the activation for a ReLU, halfway through the warm-up?
-    sparsity_weight: float = 0.0         # 'moefy': weight of a loss, before the split, that lets fewer neurons work
+    sparsity_weight: float = 0.0         # 'moefy': weight of a loss for sparse activations, before the split
     expert_size: int | None = None       # 'moebert': neurons that a token runs; by default a quarter
     shared: int | None = None            # 'moebert': those that all experts share; by default two thirds of them
 
