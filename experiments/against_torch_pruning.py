@@ -23,9 +23,10 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from fastcore.script import call_parse, store_true
+from fastcore.meta import delegates
+from fastcore.script import call_parse
 from prune_lora import EPOCHS, WARM_UP, best_rate, warmed
-from shared import answers, need_data, slice_of
+from shared import answers, known_words, listed, need_data, slice_of
 
 from tpa_nb.arch import Arch
 from tpa_nb.budget import prune_within, select_within, structure_importance
@@ -235,6 +236,7 @@ def run(cell, data_dir, cache):
 
 
 @call_parse
+@delegates(run_script, but=['prepare', 'threads'])
 def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     systems: str = 'tpa,tp-taylor',      # Of tpa, tp-taylor, tp-width, tp-magnitude, with commas
@@ -242,24 +244,18 @@ def main(
     seeds: str = '0,1',                  # Seeds, with commas
     latencies: str = '50',               # Per cent of the unpruned model's time, with commas
     stage: str = 'all',                  # 'tune' (ways to choose and learning rates), 'grid' (the comparison) or 'all'
-    shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
-    minutes: float = None,               # Begin no cell that would not end within this time
-    jobs: int = 1,                       # Cells side by side
-    cache_dir: str = '',                 # Folder for warmed-up models; a temporary one if not given
-    dry_run: store_true = False,         # Say which cells are missing; run nothing
+    **kwargs,
 ):
     "Run the cells that are missing"
-    names = systems.split(',')
-    unknown = sorted(set(names) - set(SYSTEMS))
-    if unknown:
-        raise SystemExit(f'against_torch_pruning.py: no such systems: {unknown}; there are {sorted(SYSTEMS)}')
-    need_data('against_torch_pruning', data_dir, dry_run)
+    names = listed('against_torch_pruning', 'systems', systems, SYSTEMS)
+    known_words('against_torch_pruning', 'stage', [stage], ('tune', 'grid', 'all'))
+    need_data('against_torch_pruning', data_dir, kwargs)
     cells = tuning_grid(names) if stage in ('tune', 'all') else []
     if stage in ('grid', 'all'):
         cells += grid(names, tasks.split(','), list(map(int, seeds.split(','))), list(map(int, latencies.split(','))))
-    if jobs > 1 and stage == 'all' and missing_cells(tuning_grid(names), FOLDER):
+    if kwargs.get('jobs', 1) > 1 and stage == 'all' and missing_cells(tuning_grid(names), FOLDER):
         raise SystemExit('against_torch_pruning.py: the comparison waits for what tuning finds; run --stage tune first')
-    if not dry_run and any(name != 'tpa' for name in names):
+    if not kwargs.get('dry_run') and any(name != 'tpa' for name in names):
         load_torch_pruning()
-    run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
-               jobs=jobs, threads=1)  # one thread each: CPU time of several holds what they wait for each other
+    # one thread each: CPU time of several holds what they wait for each other
+    run_script(cells, partial(run, data_dir=data_dir), FOLDER, threads=1, **kwargs)

@@ -16,9 +16,10 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from fastcore.script import call_parse, store_true
+from fastcore.meta import delegates
+from fastcore.script import call_parse
 from moebert import ROWS, taught
-from shared import answers, at_most, choices, need_data, setting
+from shared import answers, at_most, cells_of, choices, need_data, setting
 
 from tpa_nb.compensate import compensate
 from tpa_nb.importance import head_importance, neuron_importance
@@ -79,19 +80,16 @@ def run(cell, data_dir, cache):
 
 
 @call_parse
+@delegates(run_script, but='prepare')
 def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tasks: str = 'sst2,cola,mrpc',        # Tasks, with commas
     seeds: int = 1,                      # Seeds 0, 1, ...
     stage: str = 'grid',                 # 'grid' (the comparison) or 'ablate'
-    shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
-    minutes: float = None,               # Begin no cell that would not end within this time
-    jobs: int = 1,                       # Cells side by side
-    cache_dir: str = '',                 # Folder for models that cells share; a temporary one if not given
-    dry_run: store_true = False,         # Say which cells are missing; run nothing
+    **kwargs,
 ):
     "Run the cells that are missing"
-    need_data('compensate', data_dir, dry_run)
-    cells = {'grid': grid, 'ablate': ablation_grid}[stage](tasks.split(','), range(seeds))
-    run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
-               jobs=jobs)
+    need_data('compensate', data_dir, kwargs)
+    asked = tasks.split(','), range(seeds)
+    cells = cells_of('compensate', stage, {'grid': lambda: grid(*asked), 'ablate': lambda: ablation_grid(*asked)})
+    run_script(cells, partial(run, data_dir=data_dir), FOLDER, **kwargs)

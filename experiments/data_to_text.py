@@ -16,8 +16,9 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from fastcore.script import call_parse, store_true
-from shared import choices, kept, need_data, setting, slice_of, steps_of, zeros_of
+from fastcore.meta import delegates
+from fastcore.script import call_parse
+from shared import cells_of, choices, kept, need_data, setting, slice_of, steps_of, zeros_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -115,17 +116,15 @@ def run(cell, data_dir, cache):
 
 
 @call_parse
+@delegates(run_script, but='prepare')
 def main(
     data_dir: str = '',                  # Folder with e2e_nlg/train.parquet and validation.parquet
     tasks: str = 'e2e',                  # 'e2e', 'webnlg', with commas
     seeds: int = 1,                      # Seeds 0, 1, ...
     stage: str = 'grid',                 # 'tune' (learning rates) or 'grid' (the comparison)
-    minutes: float = None,               # Begin no cell that would not end within this time
-    jobs: int = 1,                       # Cells side by side
-    cache_dir: str = '',                 # Folder for models that cells share; a temporary one if not given
-    dry_run: store_true = False,         # Say which cells are missing; run nothing
+    **kwargs,
 ):
     "Run the cells that are missing"
-    need_data('data_to_text', data_dir, dry_run)
-    cells = tuning_grid() if stage == 'tune' else grid(tasks.split(','), range(seeds))
-    run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, minutes=minutes, jobs=jobs)
+    need_data('data_to_text', data_dir, kwargs)
+    cells = cells_of('data_to_text', stage, {'tune': tuning_grid, 'grid': lambda: grid(tasks.split(','), range(seeds))})
+    run_script(cells, partial(run, data_dir=data_dir), FOLDER, **kwargs)

@@ -17,8 +17,9 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from fastcore.script import call_parse, store_true
-from shared import answers, at_most, choices, kept, need_data, setting, slice_of, steps_of, zeros_of
+from fastcore.meta import delegates
+from fastcore.script import call_parse
+from shared import answers, at_most, cells_of, choices, kept, listed, need_data, setting, slice_of, steps_of, zeros_of
 
 from tpa_nb.arch import Arch
 from tpa_nb.dsee import DSEELinear, add_dsee, merge_dsee
@@ -143,23 +144,17 @@ def run(cell, data_dir, cache):
 
 
 @call_parse
+@delegates(run_script, but='prepare')
 def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tables: str = '1,3,6,12,7,14,9',     # The paper's tables, with commas
     tasks: str = 'cola,mrpc,rte',        # Tasks, with commas
     seeds: int = 2,                      # Seeds 0, 1, ...
     stage: str = 'grid',                 # 'tune' (learning rates) or 'grid' (the tables)
-    shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
-    minutes: float = None,               # Begin no cell that would not end within this time
-    jobs: int = 1,                       # Cells side by side
-    cache_dir: str = '',                 # Folder for models that cells share; a temporary one if not given
-    dry_run: store_true = False,         # Say which cells are missing; run nothing
+    **kwargs,
 ):
     "Run the cells that are missing"
-    need_data('dsee', data_dir, dry_run)
-    unknown = sorted(set(tables.split(',')) - set(TABLES))
-    if unknown:
-        raise SystemExit(f'dsee.py: no such tables: {unknown}; there are {list(TABLES)}')
-    cells = tuning_grid() if stage == 'tune' else grid(tables.split(','), tasks.split(','), range(seeds))
-    run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
-               jobs=jobs)
+    need_data('dsee', data_dir, kwargs)
+    asked = listed('dsee', 'tables', tables, TABLES), listed('dsee', 'tasks', tasks, EPOCHS), range(seeds)
+    cells = cells_of('dsee', stage, {'tune': tuning_grid, 'grid': lambda: grid(*asked)})
+    run_script(cells, partial(run, data_dir=data_dir), FOLDER, **kwargs)

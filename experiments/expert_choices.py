@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from fastcore.script import call_parse, store_true
+from fastcore.meta import delegates
+from fastcore.script import call_parse
 from moefication import COACT, DEFAULTS, calibration, dense_model, epochs_of, half, load, routed
 from shared import answers, choices, kept, need_data, setting, slice_of, steps_of
 
@@ -82,16 +83,12 @@ def run(cell, data_dir, cache):
 
 
 @call_parse
+@delegates(run_script, but='prepare')
 def main(
     data_dir: str = '',           # Folder with <task>/train.parquet and validation.parquet
     seeds: int = 1,               # Seeds 0, 1, ...
-    shard: str = '1/1',           # 'i/n': every n-th cell from the i-th on
-    minutes: float = None,        # Begin no cell that would not end within this time
-    jobs: int = 1,                # Cells side by side
-    cache_dir: str = '',          # Folder for models that cells share; a temporary one if not given
-    dry_run: store_true = False,  # Say which cells are missing; run nothing
+    **kwargs,
 ):
     "Run the cells that are missing"
-    need_data('expert_choices', data_dir, dry_run)
-    run_script(grid(range(seeds)), partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard,
-               minutes=minutes, jobs=jobs)
+    need_data('expert_choices', data_dir, kwargs)
+    run_script(grid(range(seeds)), partial(run, data_dir=data_dir), FOLDER, **kwargs)

@@ -15,8 +15,9 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from fastcore.script import call_parse, store_true
-from shared import choices, need, steps_of
+from fastcore.meta import delegates
+from fastcore.script import call_parse
+from shared import cells_of, choices, need, steps_of
 
 from tpa_nb.arch import Arch
 from tpa_nb.compensate import compensate
@@ -136,18 +137,14 @@ def run(cell, model_dir, cache):
 
 
 @call_parse
+@delegates(run_script, but='prepare')
 def main(
     model_dir: str = '',                 # Folder of a Llama with its tokenizer
     seeds: int = 2,                      # Seeds 0, 1, ...
     stage: str = 'grid',                 # 'tune' (learning rates) or 'grid'
-    shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
-    minutes: float = None,               # Begin no cell that would not end within this time
-    jobs: int = 1,                       # Cells side by side
-    cache_dir: str = '',                 # Folder for the stories; a temporary one if not given
-    dry_run: store_true = False,         # Say which cells are missing; run nothing
+    **kwargs,
 ):
     "Run the cells that are missing"
-    need('llama', 'model_dir', model_dir, 'a folder with a Llama checkpoint and its tokenizer', dry_run)
-    cells = {'tune': tuning_grid, 'grid': lambda: grid(range(seeds))}[stage]()
-    run_script(cells, partial(run, model_dir=model_dir), FOLDER, cache_dir, dry_run, partial(stories, model_dir),
-               shard=shard, minutes=minutes, jobs=jobs)
+    need('llama', 'model_dir', model_dir, 'a folder with a Llama checkpoint and its tokenizer', kwargs)
+    cells = cells_of('llama', stage, {'tune': tuning_grid, 'grid': lambda: grid(range(seeds))})
+    run_script(cells, partial(run, model_dir=model_dir), FOLDER, partial(stories, model_dir), **kwargs)

@@ -23,8 +23,9 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from fastcore.script import call_parse, store_true
-from shared import answers, at_most, choices, kept, need_data, setting, slice_of, steps_of
+from fastcore.meta import delegates
+from fastcore.script import call_parse
+from shared import answers, at_most, cells_of, choices, kept, listed, need_data, setting, slice_of, steps_of
 
 from tpa_nb.arch import Arch
 from tpa_nb.compensate import compensate
@@ -186,23 +187,18 @@ def run(cell, data_dir, cache):
 
 
 @call_parse
+@delegates(run_script, but='prepare')
 def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tasks: str = 'sst2,cola,mrpc',        # Tasks, with commas
     seeds: int = 2,                      # Seeds 0, 1, ...
     stage: str = 'grid',                 # 'tune', 'grid', 'start', 'better' or 'ablate': see above
-    shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
-    minutes: float = None,               # Begin no cell that would not end within this time
-    jobs: int = 1,                       # Cells side by side
-    cache_dir: str = '',                 # Folder for models that cells share; a temporary one if not given
-    dry_run: store_true = False,         # Say which cells are missing; run nothing
+    **kwargs,
 ):
     "Run the cells that are missing"
-    need_data('moebert', data_dir, dry_run)
-    names = tasks.split(',')
-    cells = {'tune': tuning_grid, 'grid': lambda: grid(names, range(seeds)),
-             'start': lambda: start_grid(names, range(seeds)),
-             'better': lambda: better_grid(names, range(seeds)),
-             'ablate': lambda: ablation_grid(names, range(seeds))}[stage]()
-    run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
-               jobs=jobs)
+    need_data('moebert', data_dir, kwargs)
+    asked = listed('moebert', 'tasks', tasks, EPOCHS), range(seeds)
+    cells = cells_of('moebert', stage, {
+        'tune': tuning_grid, 'grid': lambda: grid(*asked), 'start': lambda: start_grid(*asked),
+        'better': lambda: better_grid(*asked), 'ablate': lambda: ablation_grid(*asked)})
+    run_script(cells, partial(run, data_dir=data_dir), FOLDER, **kwargs)

@@ -26,8 +26,9 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from fastcore.script import call_parse, store_true
-from shared import answers, at_most, choices, kept, need_data, setting, slice_of, steps_of
+from fastcore.meta import delegates
+from fastcore.script import call_parse
+from shared import answers, at_most, cells_of, choices, kept, listed, need_data, setting, slice_of, steps_of
 from small_t5 import PREFIX, asked_in_words, small_t5
 
 from tpa_nb.arch import Arch
@@ -267,25 +268,22 @@ def run(cell, data_dir, cache):
 
 
 @call_parse
+@delegates(run_script, but='prepare')
 def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tasks: str = 'sst2,cola,mrpc,mnli',  # Tasks, with commas
     methods: str = '',                   # Methods, with commas; all of the stage if not given
     seeds: int = 2,                      # Seeds 0, 1, ...
     stage: str = 'grid',                 # 'grid' (the comparison), 'tune', 'longer', 'sweep', 'budgets', 'again'
-    shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
-    minutes: float = None,               # Begin no cell that would not end within this time
-    jobs: int = 1,                       # Cells side by side
-    cache_dir: str = '',                 # Folder for models that cells share; a temporary one if not given
-    dry_run: store_true = False,         # Say which cells are missing; run nothing
+    **kwargs,
 ):
     "Run the cells that are missing"
-    need_data('moefication', data_dir, dry_run)
-    names = tasks.split(',')
+    need_data('moefication', data_dir, kwargs)
+    names = listed('moefication', 'tasks', tasks, EPOCHS)
     asked = methods.split(',') if methods else None
-    cells = {'tune': tuning_grid, 'grid': lambda: grid(names, range(seeds), asked or GRID),
-             'longer': lambda: longer_grid(names, range(seeds), asked or LONGER),
-             'sweep': lambda: sweep_grid(names, range(seeds)), 'budgets': lambda: budget_grid(names, range(seeds)),
-             'again': lambda: again_grid(names, range(seeds), asked or AGAIN)}[stage]()
-    run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
-               jobs=jobs)
+    cells = cells_of('moefication', stage, {
+        'tune': tuning_grid, 'grid': lambda: grid(names, range(seeds), asked or GRID),
+        'longer': lambda: longer_grid(names, range(seeds), asked or LONGER),
+        'sweep': lambda: sweep_grid(names, range(seeds)), 'budgets': lambda: budget_grid(names, range(seeds)),
+        'again': lambda: again_grid(names, range(seeds), asked or AGAIN)})
+    run_script(cells, partial(run, data_dir=data_dir), FOLDER, **kwargs)

@@ -26,8 +26,9 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from fastcore.script import call_parse, store_true
-from shared import answers, at_most, choices, kept, need_data, setting, slice_of, steps_of
+from fastcore.meta import delegates
+from fastcore.script import call_parse
+from shared import answers, at_most, cells_of, choices, kept, listed, need_data, setting, slice_of, steps_of
 
 from tpa_nb.arch import Arch
 from tpa_nb.distill import distill
@@ -281,24 +282,19 @@ def run(cell, data_dir, cache):
 
 
 @call_parse
+@delegates(run_script, but='prepare')
 def main(
     data_dir: str = '',                  # Folder with <task>/train.parquet and validation.parquet
     tasks: str = 'mrpc,rte,cola',        # Tasks, with commas
     seeds: int = 2,                      # Seeds 0, 1, ...
     stage: str = 'grid',                 # 'grid' (the comparison), 'tune', 'explore', 'schedule', 'large', 'longer' ...
-    shard: str = '1/1',                  # 'i/n': every n-th cell from the i-th on
-    minutes: float = None,               # Begin no cell that would not end within this time
-    jobs: int = 1,                       # Cells side by side
-    cache_dir: str = '',                 # Folder for warmed-up models; a temporary one if not given
-    dry_run: store_true = False,         # Say which cells are missing; run nothing
+    **kwargs,
 ):
     "Run the cells that are missing"
-    need_data('prune_lora', data_dir, dry_run)
-    names = tasks.split(',')
-    cells = {'tune': tuning_grid, 'explore': lambda: exploring_grid(range(seeds)),
-             'longer': lambda: longer_grid(names, range(seeds)), 'large': large_grid,
-             'schedule': lambda: schedule_grid(range(seeds)),
-             'grid': lambda: grid(names, range(seeds)), 'tune-distill': distill_tuning_grid,
-             'distill': lambda: distill_grid(names, range(seeds))}[stage]()
-    run_script(cells, partial(run, data_dir=data_dir), FOLDER, cache_dir, dry_run, shard=shard, minutes=minutes,
-               jobs=jobs)
+    need_data('prune_lora', data_dir, kwargs)
+    asked = listed('prune_lora', 'tasks', tasks, EPOCHS), range(seeds)
+    cells = cells_of('prune_lora', stage, {
+        'grid': lambda: grid(*asked), 'tune': tuning_grid, 'explore': lambda: exploring_grid(range(seeds)),
+        'schedule': lambda: schedule_grid(range(seeds)), 'large': large_grid, 'longer': lambda: longer_grid(*asked),
+        'tune-distill': distill_tuning_grid, 'distill': lambda: distill_grid(*asked)})
+    run_script(cells, partial(run, data_dir=data_dir), FOLDER, **kwargs)

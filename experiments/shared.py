@@ -20,15 +20,34 @@ def choices(text):
     return {k: v if v.isalpha() else float(v) if 'e' in v else int(v) for k, v in pairs}
 
 
-def need(script, option, value, what, dry_run):
+def need(script, option, value, what, options):
     "Leave unless `value` was given, which a dry run does without"
-    if not value and not dry_run:
+    if not value and not options.get('dry_run'):
         raise SystemExit(f'{script}.py: give --{option}, {what}')
 
 
-def need_data(script, data_dir, dry_run):
+def need_data(script, data_dir, options):
     "Leave unless there is a folder with data"
-    need(script, 'data_dir', data_dir, 'a folder with <task>/train.parquet and validation.parquet', dry_run)
+    need(script, 'data_dir', data_dir, 'a folder with <task>/train.parquet and validation.parquet', options)
+
+
+def known_words(script, option, words, known):
+    "The words that an option was given; leave unless all of them are known"
+    unknown = [word for word in words if word not in known]
+    if unknown:
+        raise SystemExit(f"{script}.py: --{option} knows {', '.join(known)}; got {', '.join(map(repr, unknown))}")
+    return words
+
+
+def listed(script, option, text, known):
+    "The words of `text`, which commas divide; leave unless all of them are known"
+    return known_words(script, option, text.split(','), known)
+
+
+def cells_of(script, stage, grids):
+    "The cells of a stage: `grids` has a function for each"
+    known_words(script, 'stage', [stage], grids)
+    return grids[stage]()
 
 
 def at_most(task, rows, seed=0):

@@ -65,7 +65,7 @@ def test_the_command_line_says_what_is_wrong():
     path = FOLDER / 'against_torch_pruning.py'
     call = lambda *args: subprocess.run([sys.executable, path, *args], capture_output=True, text=True)
     assert 'mrpc.tpa.latency=50.s7' in call('--dry_run', '--seeds', '7').stdout
-    assert 'no such systems' in call('--dry_run', '--systems', 'tpa,other').stderr
+    assert "--systems knows tpa, tp-" in call('--dry_run', '--systems', 'tpa,other').stderr
 
 
 def test_a_missing_package_is_named(script, monkeypatch):

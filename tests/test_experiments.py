@@ -1,6 +1,7 @@
 "The grid of experiments: equal steps for all methods, shared warm-ups, answers that give the scores"
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,13 @@ def test_a_dry_run_lists_what_is_missing(name, needed):
     assert 's7' in done.stdout if name == 'against_torch_pruning' else 's6' in done.stdout
     wrong = call()
     assert wrong.returncode == 1 and f'give --{needed}' in wrong.stderr
+
+
+@pytest.mark.parametrize('name', sorted(p.stem for p in EXPERIMENTS.glob('*.py') if 'call_parse' in p.read_text()))
+def test_every_script_has_the_options_of_the_runner_and_names_a_stage_that_is_not_there(experiment, name):
+    main = experiment(name).main
+    options = signature(main).parameters
+    assert {'shard', 'minutes', 'jobs', 'cache_dir', 'dry_run'} <= set(options)
+    for option in {'stage', 'systems', 'tables'} & set(options):
+        with pytest.raises(SystemExit, match=f"{name}.py: --{option} knows .*; got 'grit'"):
+            main(**{option: 'grit'}, dry_run=True)

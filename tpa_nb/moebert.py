@@ -22,6 +22,7 @@ from .moe import MoE, _layers_to_change, _put_back, choose_experts, moes, regist
 from .profile import _evaluating
 from .router import HashRouter
 from .save import StructureStep, register_step
+from .split import _real_tokens
 from .tasks import Examples
 from .train import AddedLoss
 
@@ -255,14 +256,6 @@ def _seen(moe):
                          "`gradient_checkpointing_kwargs={'use_reentrant': False}`")
     return moe.seen
 
-def _real(batch, stack, probs):
-    "Which of the tokens of a stack are no padding, (N,) bool"
-    mask = batch['attention_mask'].bool()
-    if stack and batch['labels'].dim() == 2:
-        mask = batch['labels'].ne(-100)
-    mask = mask.flatten().to(probs.device)
-    return mask if len(mask) == len(probs) else torch.ones(len(probs), dtype=torch.bool, device=probs.device)
-
 # %% ../nbs/31_moebert.ipynb #d468f618
 class BalanceLoss(AddedLoss):
     "Let the learned routers of `arch` spread their tokens; the mean over layers, in each batch"
@@ -278,16 +271,17 @@ class BalanceLoss(AddedLoss):
                  if isinstance(m, RoutedMoE) and isinstance(m.router, TokenRouter) and not m.is_dense}
         if not found:
             raise ValueError("`arch` has no router that learns; `moebert(arch, ..., router='token')` makes some")
-        stacks, self.weight = {row: arch.ffns[row].stack for row in found}, weight
-        self.find = lambda: [(m, stacks[row]) for row, m in moes(arch).items() if row in stacks]
+        self.arch, self.weight, self.rows = arch, weight, set(found)
 
     def counts(self, batch): return batch['attention_mask'].sum()
 
     def forward(self, outputs, batch):
         terms = []
-        for moe, stack in self.find():
+        for row, moe in moes(self.arch).items():
+            if row not in self.rows:
+                continue
             probs, chosen = _seen(moe)
-            real = _real(batch, stack, probs)
+            real = _real_tokens(self.arch, self.arch.ffns[row], batch, len(probs))
             load = chosen[real].float().mean(0)                                  # (E,)
             terms.append(moe.n_experts * (load * probs[real].float().mean(0)).sum() / moe.k)
             moe.seen = None

@@ -25,6 +25,7 @@ from threading import Thread
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.meta import delegates
 
 # %% ../nbs/42_runner.ipynb #c80f2f7a
 from .profile import _write_json, provenance
@@ -184,14 +185,15 @@ def _results(ended):
                           "call goes on from there") from e
 
 # %% ../nbs/42_runner.ipynb #fa9f4123
+@delegates(run_cells, but=['progress'])
 def run_script(
-    cells: Sequence[Cell],               # The grid, what matters most first
-    run: Callable[..., dict],            # Carries a cell out, with the argument `cache`: a folder that cells share
-    folder: str | Path,                  # Where the files go
-    cache_dir: str | Path = '',          # That folder; a temporary one if not given
-    dry_run: bool = False,               # Say which cells are missing; run nothing
-    prepare: Callable | None = None,     # Given `cache` before the first cell: makes what all of them need
-    **settings: str | float | None,      # `shard`, `minutes`, `jobs`, `threads` of `run_cells`
+    cells: Sequence[Cell],            # The grid, what matters most first
+    run: Callable[..., dict],         # Carries a cell out, with the argument `cache`: a folder that cells share
+    folder: str | Path,               # Where the files go
+    prepare: Callable | None = None,  # Given `cache` before the first cell: makes what all of them need
+    cache_dir: str = '',              # Folder for what cells share; a temporary one if not given
+    dry_run: bool = False,            # Say which cells are missing; run nothing
+    **kwargs,
 ) -> None:
     "Run the cells that are missing for a script, and leave it with exit code 1 if one failed, else 0"
     if dry_run:
@@ -203,7 +205,7 @@ def run_script(
         cache = cache_dir or tmp
         if prepare:
             prepare(cache)
-        errors = run_cells(cells, partial(run, cache=cache), folder, **settings)
+        errors = run_cells(cells, partial(run, cache=cache), folder, **kwargs)
     for name, text in errors.items():
         print(f'{name} failed:\n{text}')
     raise SystemExit(1 if errors else 0)
