@@ -469,6 +469,7 @@ def distill(
         if loss.tokenizer is not student.tokenizer:
             work.tokenizer, kwargs['remove_unused_columns'] = loss.tokenizer, False
         finetune(work, task, epochs, mixed_precision=mixed_precision, **kwargs)
+    del student.history[-1]['added'][type(loss).__name__]  # its choices follow
     student.history[-1] |= {'verb': 'distill', 'distill_weight': distill_weight, 'temperature': temperature,
                             'layers': [list(p) for p in loss.pairs.items()], 'logits': logits, 'labels': labels}
     return student

@@ -369,7 +369,9 @@ def _training(e) -> str:
              _count(e['steps'], 'step') + (f" of {_count(e['batch_size'], 'example')}" if 'batch_size' in e else '')
              if 'steps' in e else '',
              f"learning rate up to {e['lr']:g}" if 'lr' in e else '', f"seed {e['seed']}" if 'seed' in e else '',
-             f"{e['seconds']:,.1f} seconds" if 'seconds' in e else '']
+             f"{e['seconds']:,.1f} seconds" if 'seconds' in e else '',
+             *(f'with {name}' + ('' if weight is None else f' of weight {weight:g}')
+               for name, weight in e.get('added', {}).items())]
     loss = f'; the training loss went from {losses[0]:.3f} to {losses[-1]:.3f}' if len(losses) > 1 else ''
     return ', '.join(p for p in parts if p) + loss
 
@@ -447,13 +449,51 @@ def _fit_expert(e) -> str:
     left = f": {e['missing']:.1%} of the output in squares before, {e['left']:.1%} after" if 'left' in e else ''
     return f'Fitted that expert to what routing leaves out{left}.'
 
+# %% ../nbs/35_report.ipynb #5d1c07be
+def _distill(e) -> str:
+    what = ' and '.join(['hidden states'] * bool(e.get('layers')) + ['logits'] * e.get('logits', False)) or 'answers'
+    weight = f" with a weight of {e['distill_weight']:g}" if 'distill_weight' in e else ''
+    beside = ', not from the labels' if e.get('labels') is False else ', beside the labels' if 'labels' in e else ''
+    task = f" on {e['task']}" if 'task' in e else ''
+    return f"Learnt a teacher's {what}{task}{weight}{beside}: {_training(e)}."
+
+def _add_dsee(e) -> str:
+    entries = 'entry' if e.get('n_sparse') == 1 else 'entries'
+    sparse = f", and a sparse residual of {e['n_sparse']:,} {entries} beside each" if e.get('n_sparse') else ''
+    ranks = {'ranks': e['r']} if isinstance(e.get('r'), list) else {}
+    return f"{_add_lora({**e, **ranks})[:-1]}{sparse}."
+
+def _mask_from_update(e) -> str:
+    where = {'adapted': 'adapted weights', 'others': 'the others'}
+    zeros = ' and '.join(f'{share:.1%} of {where.get(n, n)}' for n, share in e.get('zeros', {}).items())
+    return f"Drew masks from the trained update{f': {zeros} are zero' if zeros else ''}."
+
+def _relufy(e) -> str:
+    biases = f"; biases make up for the mean of what {e['biases']:,} of them lose" if e.get('biases') else ''
+    where = _count(e['layers'], 'feed-forward layer') if 'layers' in e else 'feed-forward layers'
+    return f'Exchanged the activation of {where} for a ReLU{biases}.'
+
+def _dynamic_k(e) -> str:
+    ks = e.get('mean_k', {}).values()
+    mean = f', {min(ks):.1f} to {max(ks):.1f} on the mean of a layer' if ks else ''
+    return f'Let each token run as many experts as it needs{mean}.'
+
+def _unmoefy(e) -> str:
+    where = _count(len(e['rows']), 'layer') if 'rows' in e else 'layers'
+    return f'Put the experts of {where} back together: plain feed-forward layers again.'
+
+
+# %% ../nbs/35_report.ipynb #a7e2c94d
 _SAY = {'warm_up': _warm_up, 'prune_heads': _prune, 'stop_pruning': _stop, 'add_lora': _add_lora,
         'finetune': _finetune, 'prune_neurons': _prune_neurons, 'compensate': _compensate,
         'compensate_routing': _compensate_routing, 'moefy': _moefy, 'moebert': _moebert,
         'fit_routers': _fit_routers, 'fit_lora_expert': _fit_expert,
         'add_lora_expert': lambda e: f"Added an expert of {e.get('r', 'a few')} neurons that every token uses.",
         'fold_lora_expert': lambda e: 'Folded the expert that is always on into plain neurons.',
-        'merge_lora': lambda e: 'Merged the adapters into the weights: the model is a plain one again.'}
+        'merge_lora': lambda e: 'Merged the adapters into the weights: the model is a plain one again.',
+        'add_dsee': _add_dsee, 'mask_from_update': _mask_from_update, 'relufy': _relufy, 'distill': _distill,
+        'set_dynamic_k': _dynamic_k, 'unmoefy': _unmoefy,
+        'merge_dsee': lambda e: 'Merged the updates into the weights: the model is a plain one again.'}
 
 # %% ../nbs/35_report.ipynb #48853d17
 def steps_html(

@@ -103,6 +103,7 @@ class AddedLoss(nn.Module):
     inputs = {}        # What the model is given beside the batch, such as `output_hidden_states`
     task_weight = 1.0  # Weight of the task's own loss
     lr = None          # Learning rate of parameters of its own; the model's if not given
+    weight = None      # Its weight beside the task's loss, which the history tells
     def counts(self, batch: dict) -> torch.Tensor:
         "Items that each term is a mean of, (K,); here the examples"
         return torch.tensor([len(batch['input_ids'])])
@@ -494,9 +495,11 @@ def _entry(arch, task, trainer, seconds):
     step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     keys = ('step', 'epoch', 'loss', 'learning_rate', f'eval_{task.main_metric}')
     log = [{k: row[k] for k in keys if k in row} for row in state.log_history if 'loss' in row or 'eval_loss' in row]
+    added = {type(a).__name__: a.weight for a in trainer.added}
     return {'verb': 'finetune', 'method': method_of(arch), 'task': task.name, 'epochs': args.num_train_epochs,
             'lr': args.learning_rate, 'batch_size': step, 'weight_decay': args.weight_decay,
-            'seed': args.seed, 'steps': state.global_step, 'seconds': round(seconds, 2), 'log': log}
+            'seed': args.seed, 'steps': state.global_step, 'seconds': round(seconds, 2), 'log': log,
+            **({'added': added} if added else {})}
 
 # %% ../nbs/06_train.ipynb #c8dcd8a3
 def warm_up(
