@@ -33,6 +33,7 @@ from .distill import *
 from .moebert import *
 from .compensate_routing import *
 from .recipe import *
+from .history import *
 from .report import *
 from .methods import *
 from .compress import *

@@ -28,6 +28,8 @@ from matplotlib import style
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
+from .history import history_sentences
+
 # %% ../nbs/35_report.ipynb #da854966
 COLORS = {'dense': '#6B6B6B', 'full fine-tuning': '#0072B2', 'LoRA': '#D55E00', 'Prune-LoRA (paper)': '#CC79A7',
           'Prune-LoRA (tpa_nb)': '#009E73'}
@@ -357,156 +359,15 @@ def definitions_html(
             for k, v in values.items() if not (isinstance(v, Mapping) and not v)]
     return '<dl>' + '\n'.join(rows) + '</dl>'
 
-# %% ../nbs/35_report.ipynb #e6fac683
-def _count(n, noun) -> str:
-    "'1 head', '2 heads'"
-    return f'{n:,} {noun}' + ('' if n == 1 else 's')
-
-def _training(e) -> str:
-    "The part of a sentence that tells how a run went"
-    losses = [row['loss'] for row in e.get('log', ()) if 'loss' in row]
-    parts = [f"for {e['epochs']:g} epoch{'' if e['epochs'] == 1 else 's'}" if 'epochs' in e else '',
-             _count(e['steps'], 'step') + (f" of {_count(e['batch_size'], 'example')}" if 'batch_size' in e else '')
-             if 'steps' in e else '',
-             f"learning rate up to {e['lr']:g}" if 'lr' in e else '', f"seed {e['seed']}" if 'seed' in e else '',
-             f"{e['seconds']:,.1f} seconds" if 'seconds' in e else '',
-             *(f'with {name}' + ('' if weight is None else f' of weight {weight:g}')
-               for name, weight in e.get('added', {}).items())]
-    loss = f'; the training loss went from {losses[0]:.3f} to {losses[-1]:.3f}' if len(losses) > 1 else ''
-    return ', '.join(p for p in parts if p) + loss
-
-def _warm_up(e) -> str:
-    rank = f" of rank {e['r']}" if 'r' in e else ''
-    return f'Warmed up with a LoRA adapter{rank}, merged afterwards: {_training(e)}.'
-
-def _finetune(e) -> str:
-    what = {'full': 'all weights', 'lora': 'the adapter, norms and head'}.get(e.get('method'), 'the model')
-    task = f" on {e['task']}" if 'task' in e else ''
-    return f'Fine-tuned {what}{task}: {_training(e)}.'
-
-# %% ../nbs/35_report.ipynb #821fe92b
-def _prune(e) -> str:
-    removed = {int(row): heads for row, heads in e.get('removed', {}).items()}
-    where = '; '.join(f"attention {row}: {' '.join(map(str, removed[row]))}" for row in sorted(removed))
-    left = f", {sum(e['kept']):,} are left" if 'kept' in e else ''
-    total = f"{_count(sum(map(len, removed.values())), 'head')} in {_count(len(removed), 'attention')}"
-    score = (f"; score on a slice of the training rows {e['score']:.3f}, {e['unpruned']:.3f} before"
-             if 'score' in e else '')
-    return f"Removed {total if removed else 'heads'}{left}{f' ({where})' if where else ''}{score}."
-
-def _prune_neurons(e) -> str:
-    removed, left = sum(e.get('removed', {}).values()), sum(e.get('kept', ()))
-    return f"Removed {_count(removed, 'neuron')}{f', {left:,} are left' if left else ''}."
-
-def _add_lora(e) -> str:
-    ranks = e.get('ranks', [e['r']] if 'r' in e else [])
-    said = f" of ranks {' '.join(map(str, ranks))}" if len(set(ranks)) > 1 else f' of rank {ranks[0]}' if ranks else ''
-    where = f" on {', '.join(e['targets'])}" if e.get('targets') else ''
-    extra = [f"alpha {e['lora_alpha']:g}" if 'lora_alpha' in e else '',
-             f"{e['trainable']:,} parameters train" if 'trainable' in e else '',
-             f"{' and '.join(e['train'])} among them" if e.get('train') else '']
-    return f"Added LoRA adapters{said}{where}{''.join(f', {x}' for x in extra if x)}."
-
-def _unknown(e) -> str:
-    values = [f'{k.replace("_", " ")} {v}' for k, v in e.items() if k not in ('verb', 'log')]
-    return f"{e['verb'].replace('_', ' ').capitalize()}{': ' if values else ''}{', '.join(values)}."
-
-def _stop(e) -> str:
-    fell = (f" the score on a slice of the training rows fell from {e['unpruned']:.3f} to {e['score']:.3f}"
-            if 'score' in e else '')
-    most = f", more than {e['max_drop']:g}" if 'max_drop' in e else ''
-    return f"Stopped pruning and took the last share of heads back:{fell or ' the score fell'}{most}."
-
-# %% ../nbs/35_report.ipynb #6c6371a2
-def _compensate(e) -> str:
-    parts = [_count(sum(e.get(what, {}).values()), what[:-1]) for what in ('heads', 'neurons') if e.get(what)]
-    tokens = f" on {_count(e['tokens'], 'token')} of training rows" if 'tokens' in e else ''
-    return f"Let what stays take over what {' and '.join(parts) or 'goes'} did, by least squares{tokens}."
-
-def _compensate_routing(e) -> str:
-    tokens = f" on {_count(e['tokens'], 'token')} of training rows" if 'tokens' in e else ''
-    return f'Let the experts that run take over what the others would add, by least squares{tokens}.'
-
-def _span(values) -> str:
-    "'8', '8 to 10'"
-    return 'some' if None in values else ' to '.join(map(str, sorted({min(values), max(values)})))
-
-def _moefy(e) -> str:
-    sizes = (f" into {_span(e['n_experts'])} experts of {_span(e['expert_size'])} neurons by {e['split']}; "
-             f"{_span(e['k'])} of them run for each token") if 'split' in e else ' into experts'
-    return f"Split {_count(len(e['rows']), 'feed-forward layer') if 'rows' in e else 'feed-forward layers'}{sizes}."
-
-def _moebert(e) -> str:
-    sizes = (f" to {_span(e['n_experts'])} experts of {e['expert_size']}, {e['shared']} of them shared by all; each "
-             f"token runs one, chosen by the router {e['router']!r}") if 'shared' in e else ' to experts'
-    return f'Dealt the neurons out{sizes}.'
-
-def _fit_routers(e) -> str:
-    caught = f"; what they choose has {e['captured']:.0%} of what the best choice adds" if 'captured' in e else ''
-    return f"Fitted routers{' (' + e['router'] + ')' if 'router' in e else ''} on training rows{caught}."
-
-def _fit_expert(e) -> str:
-    left = f": {e['missing']:.1%} of the output in squares before, {e['left']:.1%} after" if 'left' in e else ''
-    return f'Fitted that expert to what routing leaves out{left}.'
-
-# %% ../nbs/35_report.ipynb #5d1c07be
-def _distill(e) -> str:
-    what = ' and '.join(['hidden states'] * bool(e.get('layers')) + ['logits'] * e.get('logits', False)) or 'answers'
-    weight = f" with a weight of {e['distill_weight']:g}" if 'distill_weight' in e else ''
-    beside = ', not from the labels' if e.get('labels') is False else ', beside the labels' if 'labels' in e else ''
-    task = f" on {e['task']}" if 'task' in e else ''
-    return f"Learnt a teacher's {what}{task}{weight}{beside}: {_training(e)}."
-
-def _add_dsee(e) -> str:
-    entries = 'entry' if e.get('n_sparse') == 1 else 'entries'
-    sparse = f", and a sparse residual of {e['n_sparse']:,} {entries} beside each" if e.get('n_sparse') else ''
-    ranks = {'ranks': e['r']} if isinstance(e.get('r'), list) else {}
-    return f"{_add_lora({**e, **ranks})[:-1]}{sparse}."
-
-def _mask_from_update(e) -> str:
-    where = {'adapted': 'adapted weights', 'others': 'the others'}
-    zeros = ' and '.join(f'{share:.1%} of {where.get(n, n)}' for n, share in e.get('zeros', {}).items())
-    return f"Drew masks from the trained update{f': {zeros} are zero' if zeros else ''}."
-
-def _relufy(e) -> str:
-    biases = f"; biases make up for the mean of what {e['biases']:,} of them lose" if e.get('biases') else ''
-    where = _count(e['layers'], 'feed-forward layer') if 'layers' in e else 'feed-forward layers'
-    return f'Exchanged the activation of {where} for a ReLU{biases}.'
-
-def _dynamic_k(e) -> str:
-    ks = e.get('mean_k', {}).values()
-    mean = f', {min(ks):.1f} to {max(ks):.1f} on the mean of a layer' if ks else ''
-    return f'Let each token run as many experts as it needs{mean}.'
-
-def _unmoefy(e) -> str:
-    where = _count(len(e['rows']), 'layer') if 'rows' in e else 'layers'
-    return f'Put the experts of {where} back together: plain feed-forward layers again.'
-
-
-# %% ../nbs/35_report.ipynb #a7e2c94d
-_SAY = {'warm_up': _warm_up, 'prune_heads': _prune, 'stop_pruning': _stop, 'add_lora': _add_lora,
-        'finetune': _finetune, 'prune_neurons': _prune_neurons, 'compensate': _compensate,
-        'compensate_routing': _compensate_routing, 'moefy': _moefy, 'moebert': _moebert,
-        'fit_routers': _fit_routers, 'fit_lora_expert': _fit_expert,
-        'add_lora_expert': lambda e: f"Added an expert of {e.get('r', 'a few')} neurons that every token uses.",
-        'fold_lora_expert': lambda e: 'Folded the expert that is always on into plain neurons.',
-        'merge_lora': lambda e: 'Merged the adapters into the weights: the model is a plain one again.',
-        'add_dsee': _add_dsee, 'mask_from_update': _mask_from_update, 'relufy': _relufy, 'distill': _distill,
-        'set_dynamic_k': _dynamic_k, 'unmoefy': _unmoefy,
-        'merge_dsee': lambda e: 'Merged the updates into the weights: the model is a plain one again.'}
-
 # %% ../nbs/35_report.ipynb #48853d17
 def steps_html(
     history: Sequence[dict],   # `arch.history`
 ) -> str:
     "Turn a history of verbs into a numbered list of sentences"
-    wrong = [e for e in history if not isinstance(e, Mapping) or not isinstance(e.get('verb'), str)]
-    if wrong:
-        raise ValueError(f"`history` must hold dicts with a 'verb', got {wrong[0]!r}")
-    if not history:
+    said = history_sentences(history)
+    if not said:
         return '<p>Nothing: the model is as it was loaded.</p>'
-    return '<ol class="steps">' + '\n'.join(
-        f'<li>{_text(_SAY.get(e["verb"], _unknown)(e))}</li>' for e in history) + '</ol>'
+    return '<ol class="steps">' + '\n'.join(f'<li>{_text(line)}</li>' for line in said) + '</ol>'
 
 # %% ../nbs/35_report.ipynb #fef0a75f
 _CSS = '''
