@@ -32,8 +32,8 @@ from .sparsity import *
 from .distill import *
 from .moebert import *
 from .compensate_routing import *
-from .recipe import *
 from .history import *
+from .recipe import *
 from .report import *
 from .methods import *
 from .compress import *
