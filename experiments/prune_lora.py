@@ -223,11 +223,11 @@ def prune_and_distill(arch, task, recipe, teacher, weight):
 
 
 def prune_and_adapt(arch, task, recipe, lr_after=None, scale=None, even=0):
-    "What the method 'prune-lora' does after its warm-up, with another adapter"
+    "What the method 'prune-lora' does after its warm-up, with another adapter; of LoRA's scale if not given"
     derivatives, imp, blocks = measured_and_pruned(arch, task, recipe)
     ranks = [recipe.r] * len(arch.attns) if even else budget_ranks(arch, blocks, recipe.r, targets=recipe.targets)
-    alpha = scale * max(ranks) if scale else recipe.lora_alpha
-    add_lora(arch, r=ranks, lora_alpha=alpha, targets=recipe.targets, train=recipe.train, seed=recipe.seed)
+    scale = scale or recipe.lora_alpha / recipe.r
+    add_lora(arch, r=ranks, lora_alpha=scale * max(ranks), targets=recipe.targets, train=recipe.train, seed=recipe.seed)
     finetune(arch, task, recipe.epochs, lr_after or recipe.lr, recipe.batch_size, recipe.seed,
              mixed_precision=recipe.mixed_precision)
     return Outcome(merge_lora(arch), imp, ranking_stability(derivatives, recipe.normalize))

@@ -42,6 +42,8 @@ def test_the_adapter_after_pruning_has_the_scale_of_lora(prune_lora, tmp_path):
              for more in ('', ',scale=2', ',scale=1', ',lr_after=5e-04')]
     assert found[0]['loss'] == found[1]['loss'], 'alpha 16 at rank 8 is a scale of 2'
     assert len({str(r['loss']) for r in found}) == 3 and {r['steps'] for r in found} == {found[0]['steps']}
+    again = prune_lora.run(Cell('mrpc', 'explore', 'keep=5,lr_after=1e-03'), data_dir='', cache=tmp_path)
+    assert again['loss'] == found[0]['loss'], 'another rate, not another scale'
 
 
 def test_the_rate_of_lora_runs_on_past_the_pruning(prune_lora, tmp_path):
