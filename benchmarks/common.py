@@ -43,8 +43,11 @@ def shape(text):
     return batch_size, seq_len
 
 
-def set_threads(args):
-    "Take the threads that were asked for"
+def prepare_timing(args):
+    "Refuse a clock that sees nothing of the device, and take the threads that were asked for"
+    if args.clock == 'cpu' and getattr(args, 'device', 'cpu') != 'cpu':
+        raise SystemExit(f'--clock cpu counts the time of this process, which waits while {args.device} works; leave it '
+                         'out')
     if args.threads:
         torch.set_num_threads(args.threads)
 

@@ -10,7 +10,7 @@ import statistics
 from functools import partial
 
 import torch
-from common import CLOCKS, command_line, command_of, in_turns, set_threads, timing_options, write
+from common import CLOCKS, command_line, command_of, in_turns, prepare_timing, timing_options, write
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tpa_nb.arch import Arch
@@ -92,7 +92,7 @@ def parse(argv=None):
 def main(argv=None):
     "Run, print and write"
     args = parse(argv)
-    set_threads(args)
+    prepare_timing(args)
     settings = {k: v for k, v in vars(args).items() if k != 'out'}
     found = {'command': command_of('dsee', argv, args.out), 'settings': settings, 'provenance': dict(provenance()), 'rows': list(measure(args))}
     for row in found['rows']:

@@ -8,13 +8,13 @@ than the ratios.
 
     python benchmarks/efficiency.py --out benchmarks/results/efficiency_cpu.json
     python benchmarks/efficiency.py --device cuda --shapes 32x128 256x128 --repeats 20 --warmup 5 --dtypes float32
-        bfloat16 --out benchmarks/results/efficiency_cuda.json
+        bfloat16 --out benchmarks/results/efficiency_gpu.json
 """
 import json
 import time
 
 import torch
-from common import CLOCKS, command_line, command_of, set_threads, shape, timing_options, write
+from common import CLOCKS, command_line, command_of, prepare_timing, shape, timing_options, write
 from transformers import BertConfig, BertForSequenceClassification
 
 from tpa_nb.arch import Arch
@@ -210,7 +210,7 @@ SECTIONS = {'counts': count_section, 'training': training_section, 'latency': la
 def main(argv=None):
     "Run, print, and write after each section"
     args = parse(argv)
-    set_threads(args)
+    prepare_timing(args)
     config, began = (TINY if args.quick else {}), time.perf_counter()
     found = start(args, argv)
     models = trio(config, args.device)

@@ -9,7 +9,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from common import CLOCKS, command_line, command_of, in_turns, set_threads, timing_options, write
+from common import CLOCKS, command_line, command_of, in_turns, prepare_timing, timing_options, write
 
 from tpa_nb.bench import _case, _dense_call, _layer
 from tpa_nb.experts import choose_plan, plans
@@ -94,7 +94,7 @@ def report(row):
 def main(argv=None):
     "Run, print and write"
     args = parse(argv)
-    set_threads(args)
+    prepare_timing(args)
     rows, clock = [], CLOCKS[args.clock]
     print(f"{'dtype':9} {'':6} {'experts':>11} {'tokens':>7} {'dense ms':>9} {' '.join(f'{n:>8}' for n in plans)}")
     for dtype in args.dtypes:

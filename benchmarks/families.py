@@ -12,7 +12,7 @@ import statistics
 from functools import partial
 
 import torch
-from common import CLOCKS, command_line, command_of, set_threads, timing_options, write
+from common import CLOCKS, command_line, command_of, prepare_timing, timing_options, write
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tpa_nb.arch import Arch, families
@@ -90,7 +90,7 @@ def parse(argv=None):
 def main(argv=None):
     "Run, print and write"
     args = parse(argv)
-    set_threads(args)
+    prepare_timing(args)
     assert set(BASE) <= set(families), 'a family without a record'
     found = {'command': command_of('families', argv, args.out), 'clock': args.clock, 'provenance': dict(provenance()),
              'rows': []}

@@ -10,7 +10,7 @@ with queries, keys and values together. All models run in turns, and ratios are 
 """
 import statistics
 
-from common import CLOCKS, command_line, command_of, set_threads, shape, timing_options, write
+from common import CLOCKS, command_line, command_of, prepare_timing, shape, timing_options, write
 from efficiency import DTYPES, KEPT_ON_RTE, TINY, TOP_BLOCKS, plain, ranks, step_flops
 
 from tpa_nb.fused import fuse_lora
@@ -84,7 +84,7 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    set_threads(args)
+    prepare_timing(args)
     config = {**(TINY if args.quick else {}), 'num_hidden_layers': args.layers}
     found = {'benchmark': 'fused', 'model': 'tiny BERT' if args.quick else 'BERT-base from its config, random weights',
              'layers': args.layers, 'targets': args.targets, 'device': args.device, 'clock': args.clock,

@@ -6,7 +6,7 @@ are those that Pruning-Adapter publishes for RTE, 101 of 144. The two run in tur
 import statistics
 
 import torch
-from common import CLOCKS, command_line, command_of, set_threads, shape, timing_options, write
+from common import CLOCKS, command_line, command_of, prepare_timing, shape, timing_options, write
 from transformers import BertConfig, BertForSequenceClassification
 
 from tpa_nb.arch import Arch
@@ -55,7 +55,7 @@ def parse(argv=None):
 def main(argv=None):
     "Run, print and write"
     args = parse(argv)
-    set_threads(args)
+    prepare_timing(args)
     rows, models = [], {}
     print(f"{'dtype':9} {'attention':9} {'batch':>9} {'dense ms':>16} {'pruned ms':>16} {'ratio':>6} {'floor':>6} over")
     for dtype in args.dtypes:

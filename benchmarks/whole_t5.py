@@ -11,7 +11,7 @@ counts FLOPs, routers and LoRA experts included.
 import statistics
 
 import torch
-from common import CLOCKS, command_line, command_of, set_threads, shape, timing_options, write
+from common import CLOCKS, command_line, command_of, prepare_timing, shape, timing_options, write
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tpa_nb.arch import Arch
@@ -79,7 +79,7 @@ def parse(argv=None):
 def main(argv=None):
     "Run, print and write"
     args = parse(argv)
-    set_threads(args)
+    prepare_timing(args)
     found = {'command': command_of('whole_t5', argv, args.out), 'clock': args.clock, 'provenance': dict(provenance()),
              'rows': []}
     for size in args.sizes:

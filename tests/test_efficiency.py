@@ -53,3 +53,8 @@ def test_wrong_options_are_refused(efficiency, capsys):
         with pytest.raises(SystemExit):
             efficiency.parse(argv)
         assert text in capsys.readouterr().err
+
+
+def test_the_clock_of_the_process_is_refused_on_a_gpu(efficiency):
+    with pytest.raises(SystemExit, match='--clock cpu counts the time of this process, which waits while cuda works'):
+        efficiency.main(['--quick', '--device', 'cuda', '--clock', 'cpu'])

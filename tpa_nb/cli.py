@@ -84,7 +84,7 @@ def _task(task, given):
 # %% ../nbs/41_cli.ipynb #75fb2b61
 def _word(text):
     "`text`, or nothing for 'none'"
-    return None if text == 'none' else text
+    return None if text.lower() == 'none' else text
 
 def _reader(field):
     "What turns a word of a command line into a value of `field`"
@@ -93,13 +93,18 @@ def _reader(field):
     found = [t for t in (bool, int, float) if t in (field.type, *getattr(field.type, '__args__', ()))]
     return found[0] if found else _word
 
+def _as_typed(value):
+    "A default as one would type it"
+    return ','.join(value) if isinstance(value, tuple) else value
+
 def with_recipe(
     f: Callable,  # A command that takes `**recipe`
 ) -> Callable:
     "Give the command `f` an option for every field of `Recipe`"
     said = docments(Recipe)
-    options = [Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default,
-                         annotation=Param(said[field.name], _reader(field))) for field in fields(Recipe)]
+    options = [Parameter(field.name, Parameter.KEYWORD_ONLY, default=_as_typed(field.default),
+                         annotation=Param('Off: ' * (field.default is True) + said[field.name], _reader(field)))
+               for field in fields(Recipe)]
     sig = signature(f)
     f.__signature__ = sig.replace(parameters=[*list(sig.parameters.values())[:-1], *options])
     return f
@@ -188,7 +193,7 @@ def _scores(model, task, warm_up_epochs, calibration, normalize, seed):
 # %% ../nbs/41_cli.ipynb #876e3668
 def _check_importance(warm_up, calibration, normalize, seed, folder):
     "Raise before anything is measured unless the numbers of `tpa_importance` make sense"
-    for name, value, least in (('warm_up', warm_up or 0, 0), ('calibration', calibration, 2), ('seed', seed, 0)):
+    for name, value, least in (('warm_up', warm_up or 0, 0), ('calibration', calibration, 4), ('seed', seed, 0)):
         if not value >= least:
             raise ValueError(f'`{name}` must be {least} or more, got {value!r}')
     if normalize not in ('layer', 'model', 'none'):

@@ -37,8 +37,9 @@ from .train import evaluate_model
 RIVALS = {'full': ('full fine-tuning', dict(method='full', distill_weight=None)),
           'lora': ('LoRA', dict(method='lora', distill_weight=None)),
           'paper': ('Prune-LoRA (paper)', dict(method='prune-lora', warm_up=0, iterative_steps=1, max_drop=None,
-                                               compensate='no', neuron_ratio=0.0, flops_ratio=None,
-                                               latency_ratio=None, distill_weight=None, ranks='top')),
+                                               compensate='no', neuron_ratio=0.0, flops_ratio=None, ranks='top',
+                                               latency_ratio=None, distill_weight=None, criterion='importance',
+                                               normalize='layer', scope='global')),
           'random': ('random heads', dict(criterion='random')),
           'unpruned': ('unpruned', dict(method='none'))}
 _TITLES = {'prune-lora': 'Prune-LoRA (tpa_nb)', 'full': 'full fine-tuning', 'lora': 'LoRA', 'prune': 'pruned',
@@ -55,13 +56,11 @@ def variants(
     wrong = [r for r in rivals if r not in RIVALS]
     if wrong or isinstance(rivals, str):
         raise ValueError(f"`rivals` must be some of {', '.join(map(repr, RIVALS))}, got {rivals!r}")
+    if 'random' in rivals and 'criterion' not in _reads(recipe):
+        raise ValueError(f"`rivals` 'random' chooses by chance what {recipe.method!r} does not choose; leave it out")
     found = {RIVALS[r][0]: replace(recipe, **RIVALS[r][1]) for r in rivals}
     found = {title: r for title, r in found.items() if r != recipe}
     return {**found, _TITLES.get(recipe.method, recipe.method): recipe}
-
-def _rivals(chosen):
-    "The recipes in `variants` that train beside the last one"
-    return [r for r in list(chosen.values())[:-1] if r.method not in UNTRAINED]
 
 # %% ../nbs/40_compress.ipynb #66bf2bb6
 @dataclass(frozen=True)
@@ -77,9 +76,9 @@ class _Trained:
     stability: float | None              # Rank correlation of two halves
     came_with: int = 0                   # Entries in the history of the model that it began with
 
-def _n_trained(arch):
-    "Parameters that trained, from the history"
-    found = [h['trainable'] for h in arch.history if 'trainable' in h]
+def _n_trained(arch, came_with):
+    "Parameters that trained, from the history behind what the model came with"
+    found = [h['trainable'] for h in arch.history[came_with:] if 'trainable' in h]
     return found[-1] if found else sum(p.numel() for p in arch.model.parameters())
 
 def _as_lists(tensor):
@@ -98,7 +97,7 @@ def _train_variant(title, recipe, arch, task, folder, progress):
     scores = evaluate_model(outcome.arch, task)
     save_model(outcome.arch, folder / 'model')
     size = sum(f.stat().st_size for f in (folder / 'model').glob('*.safetensors')) / 1e6
-    trained = 0 if recipe.method in UNTRAINED else _n_trained(outcome.arch)
+    trained = 0 if recipe.method in UNTRAINED else _n_trained(outcome.arch, came_with)
     facts = dict(scores=scores, trainable=trained, file_mb=size,
                  seconds=round(time.perf_counter() - began, 1), importance=_as_lists(outcome.importance),
                  stability=outcome.stability, came_with=came_with)
@@ -226,6 +225,8 @@ _CAPTIONS = {
                             'by chance.',
     'importance of updates': 'How far training moved the weights of each head. Bright heads were kept first; rows are '
                              'blocks.',
+    'importance under a budget': 'How strongly the loss reacts to each head; rows are blocks. What a budget keeps goes '
+                                 'by what heads and neurons cost, too.',
     'structure': 'Heads left in each attention.',
     'structure and ranks': 'Heads left in each attention, and the rank of its adapters before they were merged.',
     'experts': 'Share of the validation tokens that run each expert, from the most to the least used. The dashed line '
@@ -246,7 +247,8 @@ def _asked(recipe):
 
 def _captions(task, recipe, own):
     "A caption for each figure, as the run was"
-    by = ' by chance' if recipe.criterion == 'random' else ' of updates' if recipe.method == 'dsee' else ''
+    budget = ' under a budget' * bool(recipe.flops_ratio or recipe.latency_ratio)
+    by = ' by chance' if recipe.criterion == 'random' else ' of updates' if recipe.method == 'dsee' else budget
     ranks = ' and ranks' if any(h['verb'] == 'add_lora' for h in _done(own)) else ''
     return {**_CAPTIONS, 'importance': _CAPTIONS[f'importance{by}'], 'structure': _CAPTIONS[f'structure{ranks}'],
             'tradeoff': _CAPTIONS['tradeoff' if task.greater_is_better else 'tradeoff of losses']}
@@ -362,7 +364,7 @@ class Result:
     profiles: dict[str, Profile]   # The figures behind it
     scores: dict[str, dict]        # All validation scores by variant
     majority: float | None         # Score of the constant answer; None where there is none
-    importance: torch.Tensor | None  # Head scores that decided
+    importance: torch.Tensor | None  # Head scores, if it measured any
     recipe: Recipe                 # What was asked
     folder: Path | None            # Where model, figures and report are
 
@@ -386,7 +388,7 @@ def compress(
     recipe, task = recipe or Recipe(), load_task(task) if isinstance(task, str) else task
     chosen = variants(recipe, rivals)
     folder = _check_output(output_dir, _fingerprint(model, task, recipe)) if output_dir else None
-    check_recipe(recipe, _fresh(model, task, recipe.seed), task, _rivals(chosen))
+    check_recipe(recipe, _fresh(model, task, recipe.seed), task, list(chosen.values())[:-1])
     with _work_folder(folder) as work:
         done = _train_all(model, task, chosen, work, progress)
         _say(progress, 'measuring all of them in turns')
@@ -463,7 +465,7 @@ def plan_compress(
     if output_dir:
         _check_output(output_dir, _fingerprint(model, task, recipe))
     arch = _fresh(model, task, recipe.seed)
-    check_recipe(recipe, arch, task, _rivals(chosen))
+    check_recipe(recipe, arch, task, list(chosen.values())[:-1])
     rows = task.calibration(min(recipe.batch_size, len(task.train)), recipe.seed)
     batch = next(rows.batches(arch.tokenizer, recipe.batch_size, arch.device))
     per_step = {'full': _step_seconds(arch, batch), 'lora': _step_seconds(add_lora(arch.clone(), r=recipe.r), batch)}

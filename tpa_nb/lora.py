@@ -74,14 +74,14 @@ def _rank_costs(arch, targets):
 # %% ../nbs/05_lora.ipynb #c27c5bdf
 def budget_ranks(
     arch: Arch,                                     # The model, pruned or not
-    imp: torch.Tensor,                              # Scores (attentions, heads)
+    imp: torch.Tensor,                              # Scores (attentions, heads); heads that are gone count nothing
     r: int = 8,                                     # The budget: as many parameters as rank `r` everywhere
     r_min: int = 1,                                 # Lowest rank of a block
     r_max: int = 64,                                # Highest rank of a block
     targets: Sequence[str] = ('q', 'k', 'v', 'o'),  # Adapted projections, of the FFN too: 'up', 'gate', 'down'
 ) -> list[int]:                                     # A rank for each attention
     "Make ranks proportional to block importance under the parameter budget of a uniform rank `r`"
-    costs, scores = _rank_costs(arch, targets), _check_rows(arch, imp)
+    costs, scores = _rank_costs(arch, targets), _block_scores(_check_rows(arch, imp))
     _whole('r', r, 1)
     _whole('r_min', r_min, 1, r)
     _whole('r_max', r_max, r)
@@ -95,12 +95,21 @@ def budget_ranks(
         ranks[best] += 1
         left -= costs[best]
 
+def _left(arch, imp):
+    "`imp` with `nan` for the heads that are gone"
+    left = torch.full_like(imp if imp.is_floating_point() else imp.float(), float('nan'))
+    for a in arch.attns:
+        left[a.row, list(a.heads)] = imp[a.row, list(a.heads)].to(left.dtype)
+    return left
+
 def _check_rows(arch, imp):
-    "Block scores of `imp`, which must fit `arch`"
-    scores = _block_scores(imp)
-    if len(scores) != len(arch.attns):
-        raise ValueError(f"`imp` has {len(scores)} rows, the model has {len(arch.attns)} attentions")
-    return scores
+    "`imp`, which must fit `arch`, with `nan` for the heads that are gone"
+    if len(_block_scores(imp)) != len(arch.attns):
+        raise ValueError(f"`imp` has {len(imp)} rows, the model has {len(arch.attns)} attentions")
+    most = 1 + max((h for a in arch.attns for h in a.heads), default=-1)
+    if imp.shape[1] < most:
+        raise ValueError(f"`imp` has scores for {imp.shape[1]} heads of an attention, the model has {most}")
+    return _left(arch, imp)
 
 # %% ../nbs/05_lora.ipynb #ce8ea76b
 def rank_pattern(
@@ -159,9 +168,9 @@ def _choose_ranks(arch, imp, r, r_high, r_low, top_blocks, budget, targets):
     "A rank for each attention"
     if imp is None:
         return [r] * len(arch.attns) if isinstance(r, int) else list(r)
-    _check_rows(arch, imp)
+    imp = _check_rows(arch, imp)
     if budget is not None:
-        return budget_ranks(arch, imp, budget, targets=targets)
+        return budget_ranks(arch, imp, budget, r_max=max(64, budget), targets=targets)
     return top_block_ranks(imp, r_high, r_low, top_blocks)
 
 def add_lora(

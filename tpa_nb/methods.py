@@ -169,15 +169,19 @@ def _prune_to_budget(arch, task, recipe, draw):
     "Remove the heads and neurons that one budget of FLOPs or of measured time does not allow"
     imp = structure_importance(arch, _calibration(task, recipe), recipe.batch_size)
     heads, *neurons = [_by_criterion(scores, recipe, draw) for scores in (imp.heads, *imp.neurons)]
+    found = _within(arch, task, recipe, heads, neurons)
+    prune_heads(_take_over(arch, task, recipe, heads=found.heads), found.heads, recipe.min_heads)
+    prune_neurons(_take_over(arch, task, recipe, neurons=found.neurons), found.neurons)
+
+def _within(arch, task, recipe, heads, neurons):
+    "The heads and neurons that the recipe's budget does not allow, by their scores"
     size = dict(batch_size=recipe.batch_size, seq_len=_task_length(arch, task))
     if recipe.flops_ratio:
         budget = dict(flops=recipe.flops_ratio * count_flops(arch, **size), **size)
     else:
         table = latency_table(arch, **size)
         budget = dict(latency=recipe.latency_ratio * table.predict(arch), table=table)
-    found = select_within(arch, heads, neurons, min_heads=recipe.min_heads, round_to=8, **budget)
-    prune_heads(_take_over(arch, task, recipe, heads=found.heads), found.heads, recipe.min_heads)
-    prune_neurons(_take_over(arch, task, recipe, neurons=found.neurons), found.neurons)
+    return select_within(arch, heads, neurons, min_heads=recipe.min_heads, round_to=8, **budget)
 
 def _calibration(task, recipe):
     "The training examples on which importance is measured"
@@ -194,18 +198,11 @@ def _prune_lora(arch, task, recipe, progress):
     found = _prune(arch, task, recipe, progress)
     blocks = found.scores if recipe.ranks == 'top' else score_heads(found.derivatives, None, minmax=False)
     top = max(1, round(len(blocks) / 3)) if recipe.top_blocks is None else recipe.top_blocks
-    add_lora(arch, _left(blocks, arch), r_high=recipe.r_high, r_low=recipe.r_low, top_blocks=top,
+    add_lora(arch, blocks, r_high=recipe.r_high, r_low=recipe.r_low, top_blocks=top,
              budget=recipe.r if recipe.ranks == 'budget' else None, lora_alpha=recipe.lora_alpha,
              targets=recipe.targets, train=recipe.train, seed=recipe.seed)
     _train(arch, task, recipe, recipe.epochs * (1 - recipe.warm_up), recipe.lr, progress, part=found.part)
     return Outcome(merge_lora(arch), found.scores, _stability(found))
-
-def _left(imp, arch):
-    "`imp` with `nan` for the heads that are gone"
-    left = torch.full_like(imp, float('nan'))
-    for a in arch.attns:
-        left[a.row, list(a.heads)] = imp[a.row, list(a.heads)]
-    return left
 
 # %% ../nbs/36_methods.ipynb #11084b90
 def _prune_only(arch, task, recipe, progress):
@@ -334,17 +331,21 @@ def _ones(arch):
     return heads
 
 def _check_prune(arch, task, recipe):
-    "Raise unless the recipe's heads can go"
-    _select(arch, _ones(arch), recipe)
+    "Raise unless the recipe's heads can go; how long they take is not measured for that"
+    if recipe.flops_ratio:
+        _within(arch, task, recipe, _ones(arch), [torch.ones(f.d_ff_orig) for f in arch.ffns])
+    elif not recipe.latency_ratio:
+        _select(arch, _ones(arch), recipe)
 
 def _check_prune_lora(arch, task, recipe):
     "Raise unless heads can go and adapters fit"
+    _check_prune(arch, task, recipe)
     heads = _ones(arch)
-    _select(arch, heads, recipe)
     top = 1 if recipe.top_blocks is None else recipe.top_blocks
     if top > len(heads):
         raise ValueError(f"`top_blocks` must be from 0 to {len(heads)}, got {top}")
-    add_lora(arch, heads, top_blocks=top, targets=recipe.targets, train=recipe.train)
+    add_lora(arch, heads, recipe.r, recipe.r_high, recipe.r_low, top, recipe.r if recipe.ranks == 'budget' else None,
+             targets=recipe.targets, train=recipe.train)
 
 def _check_dsee(arch, task, recipe):
     "Raise unless heads can go and the update fits"
@@ -431,13 +432,17 @@ def check_recipe(
     beside: Iterable[Recipe] = (),  # Recipes that are carried out beside it and share how it trains
 ) -> None:
     "Raise what carrying `recipe` out would raise, before any training"
-    _check_unused(recipe, beside)
-    if recipe.method in UNTRAINED and arch.new_weights:
-        raise ValueError(f"`method` {recipe.method!r} trains nothing, and the model has no trained head: "
-                         f"{arch.new_weights[0]!r} is random; give a checkpoint that was fine-tuned on {task.name!r}")
+    beside = list(beside)
+    _check_unused(recipe, [r for r in beside if r.method not in UNTRAINED])
+    for r in (recipe, *beside):
+        if r.method in UNTRAINED and arch.new_weights:
+            what = f'`method` {r.method!r}' if r is recipe else "`rivals` 'unpruned'"
+            raise ValueError(f"{what} trains nothing, and the model has no trained head: {arch.new_weights[0]!r} is "
+                             f"random; give a checkpoint that was fine-tuned on {task.name!r}")
     if recipe.distill_weight and recipe.teacher != 'full':
         _teacher(task, recipe)
-    _checks[recipe.method](arch.clone(), task, recipe)
+    for r in (recipe, *beside):
+        _checks[r.method](arch.clone(), task, r)
 
 # %% ../nbs/36_methods.ipynb #dec789b3
 def dsee_recipe(

@@ -175,6 +175,11 @@ def _shares(imp, keep, pruning_ratio, n, **policy):
         return [[t - round(g * i / n) for t, g in zip(there, gone)] for i in range(1, n + 1)]
     return [sum(there) - round(sum(gone) * i / n) for i in range(1, n + 1)]
 
+def _at_most(goal, imp):
+    "`goal`, or the heads that are left where an earlier share has taken more than its own, as whole groups do"
+    there = (~imp.isnan()).sum(1).tolist()
+    return min(goal, sum(there)) if isinstance(goal, int) else list(map(min, goal, there))
+
 # %% ../nbs/04_prune.ipynb #67e0c6c6
 def _check_iteration(iterative_steps, score, max_drop):
     "Raise unless the arguments that only `prune_iteratively` has make sense"
@@ -208,7 +213,7 @@ def prune_iteratively(
         imp = measure(arch)
         goals = goals or _shares(imp, keep, pruning_ratio, iterative_steps, **policy)
         first = score(arch) if score and first is None else first
-        selection = select_heads(imp, goals[i], **policy)
+        selection = select_heads(imp, _at_most(goals[i], imp), **policy)
         before = arch.clone() if score else None
         if prepare:
             prepare(arch, selection)

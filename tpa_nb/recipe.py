@@ -106,11 +106,15 @@ def _check_budget(recipe):
     for name in given:
         if not 0 < getattr(recipe, name) <= 1:
             raise ValueError(f"`{name}` must be above 0 and at most 1, got {getattr(recipe, name)!r}")
-    others = dict(keep=None, neuron_ratio=0.0, iterative_steps=1, max_drop=None)
+    others = dict(keep=None, pruning_ratio=0.3, neuron_ratio=0.0, scope='global', round_to=1, iterative_steps=1,
+                  max_drop=None)
     beside = given[1:] + [n for n, default in others.items() if getattr(recipe, n) != default]
     if given and beside:
         raise ValueError(f"`{given[0]}` decides alone, in one step, how much goes; leave out `{beside[0]}`, "
                          f"which is {getattr(recipe, beside[0])!r}")
+    if recipe.keep is not None and recipe.pruning_ratio != 0.3:
+        raise ValueError(f"`keep` {recipe.keep!r} decides how many heads stay; leave out `pruning_ratio`, which is "
+                         f"{recipe.pruning_ratio!r}")
 
 # %% ../nbs/34_recipe.ipynb #88566f56
 def _check_recipe(recipe):
