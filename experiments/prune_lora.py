@@ -202,14 +202,10 @@ def measured(arch, task, recipe):
 
 
 def measured_and_pruned(arch, task, recipe):
-    "Derivatives and scores of the heads, and scores of what is left once the recipe's heads are gone"
+    "Derivatives and scores of the heads before the recipe's go, and the scores that ranks are shared out by"
     derivatives, imp = measured(arch, task, recipe)
-    gone = select_heads(imp, keep=recipe.keep)
-    blocks = score_heads(derivatives, None, minmax=False)
-    for row, heads in gone.items():
-        blocks[row, heads] = float('nan')
-    prune_heads(arch, gone)
-    return derivatives, imp, blocks
+    prune_heads(arch, select_heads(imp, keep=recipe.keep))
+    return derivatives, imp, score_heads(derivatives, None, minmax=False)
 
 
 def prune_and_distill(arch, task, recipe, teacher, weight):

@@ -18,7 +18,7 @@ from .compensate import compensate
 from .compensate_routing import compensate_routing
 from .distill import distill
 from .dsee import add_dsee, dsee_settings, merge_dsee
-from .importance import head_derivatives, neuron_importance, ranking_stability, score_heads
+from .importance import _in_place, head_derivatives, neuron_importance, ranking_stability, score_heads
 from .lora import add_lora, merge_lora
 from .lora_expert import add_lora_expert, fit_lora_expert, fold_lora_expert
 from .masks import gradual_ratios, mask_from_update, prune_adapted_heads, update_importance
@@ -333,7 +333,7 @@ def _ones(arch):
 def _check_prune(arch, task, recipe):
     "Raise unless the recipe's heads can go; how long they take is not measured for that"
     if recipe.flops_ratio:
-        _within(arch, task, recipe, _ones(arch), [torch.ones(f.d_ff_orig) for f in arch.ffns])
+        _within(arch, task, recipe, _ones(arch), [_in_place(f, torch.ones(f.d_ff)) for f in arch.ffns])
     elif not recipe.latency_ratio:
         _select(arch, _ones(arch), recipe)
 
