@@ -9,7 +9,7 @@ __all__ = ['recipe_methods', 'Recipe', 'register_method']
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 # %% ../nbs/34_recipe.ipynb #03aba1c4
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ def _check_budget(recipe):
     for name in given:
         if not 0 < getattr(recipe, name) <= 1:
             raise ValueError(f"`{name}` must be above 0 and at most 1, got {getattr(recipe, name)!r}")
-    others = dict(keep=None, pruning_ratio=0.3, neuron_ratio=0.0, scope='global', round_to=1, iterative_steps=1,
-                  max_drop=None)
-    beside = given[1:] + [n for n, default in others.items() if getattr(recipe, n) != default]
+    others = ('keep', 'pruning_ratio', 'neuron_ratio', 'scope', 'round_to', 'iterative_steps', 'max_drop')
+    asked = [f.name for f in fields(recipe) if f.name in others and getattr(recipe, f.name) != f.default]
+    beside = given[1:] + asked
     if given and beside:
         raise ValueError(f"`{given[0]}` decides alone, in one step, how much goes; leave out `{beside[0]}`, "
                          f"which is {getattr(recipe, beside[0])!r}")
-    if recipe.keep is not None and recipe.pruning_ratio != 0.3:
+    if {'keep', 'pruning_ratio'} <= {*asked}:
         raise ValueError(f"`keep` {recipe.keep!r} decides how many heads stay; leave out `pruning_ratio`, which is "
                          f"{recipe.pruning_ratio!r}")
 
